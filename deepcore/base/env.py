@@ -1,0 +1,28 @@
+"""Owns every read of the process environment; no other module touches os.environ.
+
+Knows nothing of what the values are used for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+
+def text(name: str, default: str | None = None) -> str | None:
+    """The variable's text, or ``default`` where it is unset or empty."""
+    return os.environ.get(name) or default
+
+
+def integer(name: str, default: int | None = None) -> int | None:
+    """The variable as an int, or ``default`` where it is unset, empty or not a number."""
+    value = os.environ.get(name, "")
+    try:
+        return int(value)
+    except ValueError:
+        return default
+
+
+def snapshot() -> Mapping[str, str]:
+    """A copy of the whole environment, for child processes."""
+    return dict(os.environ)

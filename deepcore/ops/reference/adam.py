@@ -1,0 +1,97 @@
+"""Owns the reference of ``adam_``: Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019).
+
+Knows nothing of parameter groups or schedules; the native kernels perform the same roundings in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from deepcore.ops.reference.segments import flat as memory_of
+from deepcore.ops.reference.segments import rows
+
+HYPER_COLUMNS = 8  # fp64 columns of a hyperparameter row (the last is spare):
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, DECOUPLED, BIAS_CORRECTION = range(7)
+
+
+def adam_(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    copies: list[torch.Tensor],
+    segments: torch.Tensor,
+    chunk_offsets: torch.Tensor,
+    hyper: torch.Tensor,
+    steps: torch.Tensor,
+    active: torch.Tensor,
+    grad_scale: torch.Tensor,
+    skip: torch.Tensor,
+) -> None:
+    """One Adam or AdamW step over every active segment.
+
+    In fp32, each operation rounded on its own (no fused multiply-add), with t = steps + 1::
+
+        g = grad * grad_scale                    p, g read in their own dtype, widened exactly
+        g = g + wd * p                           only where DECOUPLED is 0 and wd != 0
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + ((1 - beta2) * g) * g
+        p = p * (1 - lr * wd)                    only where DECOUPLED is 1 and wd != 0
+        p = p - (lr / (1 - beta1^t)) * (m / (sqrt(v) * (1 / sqrt(1 - beta2^t)) + eps))
+
+    The scalars (1 - beta1, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), ...) are computed in fp64 and rounded to
+    fp32 once. p is rounded to the parameter's dtype (nearest even) when stored.
+
+    Args:
+        params: T dense tensors of one dtype (fp32, bf16, fp16), updated in place.
+        grads: T dense tensors of one dtype (fp32, bf16, fp16).
+        exp_avgs, exp_avg_sqs: T dense fp32 tensors, updated in place.
+        copies: empty, or T dense tensors of one dtype (bf16, fp16) that receive the new parameters.
+        segments: int64 (S, 5) rows on the tensors' device; ``begin`` holds for all the lists alike.
+        chunk_offsets: int64 CPU (T + 1,), chunks before each tensor.
+        hyper: fp64 (H, 8) on the device, a row per hyperparameter set.
+        steps: fp32 (S,) on the device, steps taken by each segment; grows by one where the step is taken.
+        active: uint8 (S,) on the device; segments with 0 are left alone.
+        grad_scale: fp32 (1,) on the device, multiplies every gradient.
+        skip: fp32 (1,) on the device; anything but 0 leaves everything alone, steps included.
+    """
+    if skip.item() != 0:
+        return
+    table, scale = hyper.tolist(), grad_scale.reshape(())
+    for index, (tensor, begin, numel, row) in enumerate(rows(segments)):
+        if not active[index].item():
+            continue
+        steps[index] += 1
+        lr, beta1, beta2, eps, decay, decoupled, correct = table[row][:7]
+        t = steps[index].item()
+        unbias1 = 1 - math.pow(beta1, t) if correct else 1.0
+        unbias2 = 1 / math.sqrt(1 - math.pow(beta2, t)) if correct else 1.0
+
+        part = slice(begin, begin + numel)
+        stored = memory_of(params[tensor])[part]
+        m, v = memory_of(exp_avgs[tensor])[part], memory_of(exp_avg_sqs[tensor])[part]
+        p, g = stored.float(), memory_of(grads[tensor])[part].float() * scale
+        if decay and not decoupled:
+            g = g + p * decay
+        m.mul_(beta1).add_(g * (1 - beta1))
+        v.mul_(beta2).add_(g * (1 - beta2) * g)
+        if decay and decoupled:
+            p = p * (1 - lr * decay)
+        p = p - (m / (v.sqrt() * unbias2 + eps)) * (lr / unbias1)
+        stored.copy_(p)
+        if copies:
+            memory_of(copies[tensor])[part].copy_(p)
+
+
+def _fake(*args: object) -> None:
+    return None
+
+
+OPS = {
+    "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] copies, Tensor segments, Tensor chunk_offsets, Tensor hyper, Tensor(e!) steps, Tensor active, "
+    "Tensor grad_scale, Tensor skip) -> ()": adam_
+}
+FAKES = {"adam_": _fake}

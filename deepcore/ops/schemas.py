@@ -1,0 +1,25 @@
+"""Owns the schema of every deepcore op and registers its pure-torch reference and fake kernel.
+
+Knows nothing of native libraries: those register faster kernels for the same schemas later.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from deepcore.ops.reference import adam, flatten, grad_stats
+
+LIBRARY = torch.library.Library("deepcore", "DEF")
+
+SCHEMAS = {
+    "flatten": flatten,
+    "grad_stats": grad_stats,
+    "adam": adam,
+}
+
+for _stem in SCHEMAS.values():
+    for _schema, _kernel in _stem.OPS.items():
+        _name = _schema.split("(", 1)[0]
+        LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"deepcore::{_name}", _stem.FAKES[_name], lib=LIBRARY)
