@@ -1,0 +1,224 @@
+"""Owns the one way to a collective: Transport, its torch.distributed form, and Work.
+
+Refuses to know meshes, parameters and who calls: it sees tensors, groups and operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepcore.errors import CommError
+
+if TYPE_CHECKING:
+    from deepcore.comm.setup import World
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# What Gloo and NCCL both accept. Other dtypes move as bytes and cannot be reduced.
+_NATIVE = frozenset(
+    {
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.int32,
+        torch.int8,
+        torch.uint8,
+    }
+)
+# torch 2.13 renamed these two and warns at every call of the old names.
+torch_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+torch_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending(Protocol):
+    """What a transport returns: a collective in flight."""
+
+    def wait(self) -> object: ...
+
+
+class Transport(Protocol):
+    """Issues collectives. All return at once; tensors belong to the collective until ``wait``.
+
+    Tensors are contiguous; ``output`` and ``input`` may overlap only where ``input`` is this rank's slice of
+    ``output`` (all_gather_into) or ``output`` this rank's slice of ``input`` (reduce_scatter_into).
+    """
+
+    def all_reduce(self, tensor: Tensor, op: str, group: dist.ProcessGroup) -> Pending: ...
+
+    def broadcast(self, tensor: Tensor, src_index: int, group: dist.ProcessGroup) -> Pending: ...
+
+    def all_gather_into(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> Pending: ...
+
+    def reduce_scatter_into(self, output: Tensor, input: Tensor, op: str, group: dist.ProcessGroup) -> Pending: ...
+
+    def all_to_all_into(
+        self,
+        output: Tensor,
+        input: Tensor,
+        out_splits: Sequence[int] | None,
+        in_splits: Sequence[int] | None,
+        group: dist.ProcessGroup,
+    ) -> Pending: ...
+
+    def barrier(self, group: dist.ProcessGroup) -> Pending: ...
+
+    def discard(self, tensor: Tensor) -> None:
+        """The owner will not read ``tensor`` again before writing it; a test double poisons it here."""
+        ...
+
+
+def make_transport(world: World) -> Transport:
+    """The transport of ``world``; the one place that tests replace with a double."""
+    return TorchTransport(staged=world.backend == "gloo")
+
+
+class Work:
+    """A launched collective, named for its error message.
+
+    The caller keeps the tensors alive and untouched until ``wait``. On CUDA ``wait`` makes the current stream wait,
+    not the host.
+    """
+
+    __slots__ = ("_error", "_pending", "axis", "numel", "op")
+
+    def __init__(self, axis: str, op: str, numel: int, pending: Pending | None = None) -> None:
+        self.axis, self.op, self.numel = axis, op, numel
+        self._pending = pending
+        self._error: CommError | None = None
+
+    def wait(self) -> None:
+        """Return when the result may be used; later calls return at once.
+
+        Raises:
+            CommError: the collective failed, here or on another rank; every later call raises it again.
+        """
+        if self._error is not None:
+            raise self._error
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.wait()
+        except RuntimeError as error:
+            self._error = failed(self.axis, self.op, self.numel, error)
+            raise self._error from error
+
+
+def failed(axis: str, op: str, numel: int, error: Exception) -> CommError:
+    """The CommError of a collective that torch refused or lost."""
+    return CommError(
+        f"{op} on axis '{axis}' failed",
+        got=f"{numel} elements; {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
+        expected="every rank of the axis to issue the same collective and to stay alive",
+        do="look for the first rank that failed: its own error names the cause, this one is usually the echo",
+    )
+
+
+class TorchTransport:
+    """Transport over torch.distributed process groups.
+
+    Args:
+        staged: copy CUDA tensors through host memory, for Gloo groups whose ranks share a GPU.
+    """
+
+    def __init__(self, *, staged: bool = False) -> None:
+        self._staged = staged
+
+    def all_reduce(self, tensor: Tensor, op: str, group: dist.ProcessGroup) -> Pending:
+        _check_reducible(tensor, "all_reduce")
+        flat = self._carrier(tensor)
+        work = dist.all_reduce(flat, op=_OPS[op], group=group, async_op=True)
+        return self._landing(work, tensor, flat)
+
+    def broadcast(self, tensor: Tensor, src_index: int, group: dist.ProcessGroup) -> Pending:
+        flat = self._carrier(tensor)
+        work = dist.broadcast(flat, group_src=src_index, group=group, async_op=True)
+        return self._landing(work, tensor, flat)
+
+    def all_gather_into(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> Pending:
+        out = self._carrier(output)
+        return self._landing(torch_all_gather(out, self._carrier(input), group=group, async_op=True), output, out)
+
+    def reduce_scatter_into(self, output: Tensor, input: Tensor, op: str, group: dist.ProcessGroup) -> Pending:
+        _check_reducible(input, "reduce_scatter_into")
+        out = self._carrier(output)
+        work = torch_reduce_scatter(out, self._carrier(input), op=_OPS[op], group=group, async_op=True)
+        return self._landing(work, output, out)
+
+    def all_to_all_into(
+        self,
+        output: Tensor,
+        input: Tensor,
+        out_splits: Sequence[int] | None,
+        in_splits: Sequence[int] | None,
+        group: dist.ProcessGroup,
+    ) -> Pending:
+        out, source = self._carrier(output), self._carrier(input)
+        work = dist.all_to_all_single(
+            out,
+            source,
+            _scaled(out_splits, output, out),
+            _scaled(in_splits, input, source),
+            group=group,
+            async_op=True,
+        )
+        return self._landing(work, output, out)
+
+    def barrier(self, group: dist.ProcessGroup) -> Pending:
+        return _issued(dist.barrier(group=group, async_op=True))
+
+    def discard(self, tensor: Tensor) -> None:
+        return None
+
+    def _carrier(self, tensor: Tensor) -> Tensor:
+        """The flat tensor that the backend sees in place of ``tensor``: a view where possible, else a host copy."""
+        flat = tensor.detach().view(-1)
+        if flat.dtype not in _NATIVE:
+            flat = flat.view(torch.uint8)
+        return flat.cpu() if self._staged and flat.is_cuda else flat
+
+    def _landing(self, work: dist.Work | None, tensor: Tensor, carrier: Tensor) -> Pending:
+        pending = _issued(work)
+        if carrier.device == tensor.device:
+            return pending
+        return _Staged(pending, tensor, carrier)
+
+
+class _Staged:
+    """A collective on a host copy, copied to its device tensor at ``wait``."""
+
+    def __init__(self, pending: Pending, tensor: Tensor, carrier: Tensor) -> None:
+        self._pending, self._tensor, self._carrier = pending, tensor, carrier
+
+    def wait(self) -> None:
+        self._pending.wait()
+        self._tensor.detach().view(-1).view(self._carrier.dtype).copy_(self._carrier)
+
+
+def _issued(work: dist.Work | None) -> Pending:
+    assert work is not None, "torch.distributed returned no work: this rank is not in the group"
+    return work
+
+
+def _check_reducible(tensor: Tensor, op: str) -> None:
+    if tensor.dtype not in _NATIVE:
+        raise CommError(
+            f"{op} cannot reduce {tensor.dtype}",
+            got=f"a tensor of shape {tuple(tensor.shape)}",
+            expected=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _NATIVE)),
+            do="convert the tensor to one of these before reducing",
+        )
+
+
+def _scaled(splits: Sequence[int] | None, tensor: Tensor, carrier: Tensor) -> list[int] | None:
+    """Splits along dim 0 of ``tensor``, as counts of the flat carrier's elements."""
+    if splits is None:
+        return None
+    rows = tensor.shape[0]
+    return [count * carrier.numel() // rows if rows else 0 for count in splits]

@@ -1,0 +1,231 @@
+"""Owns the axes along which ranks cooperate: Axis, and the Mesh that builds their process groups.
+
+Refuses to know what is communicated and why; a Mesh belongs to one engine, and nothing here is global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import Tensor
+
+from deepcore.comm import collectives
+from deepcore.comm.collectives import Pending, Transport, Work
+from deepcore.comm.setup import World
+from deepcore.errors import CommError
+
+_DIMS = ("pp", "dp", "sp", "tp")
+_OPS = ("sum", "max", "min")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's line through the mesh along one dimension, and the collectives on it.
+
+    Every collective returns a ``Work`` at once: the caller keeps the tensors alive and untouched until its ``wait``.
+    Tensors are contiguous. An axis of one rank issues nothing; gathers and scatters copy input to output.
+
+    Attributes:
+        name: the axis's name in errors, e.g. ``dp``.
+        rank: this rank's index on the axis.
+        size: number of ranks on the axis.
+        ranks: their global ranks, in axis order.
+        group: its process group; None where size is 1.
+        reduce_group: a second group for reductions, so that on CUDA they do not queue behind gathers; None shares.
+    """
+
+    name: str
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    transport: Transport
+    reduce_group: dist.ProcessGroup | None = None
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
+        """Reduce ``tensor`` in place over the axis; op is "sum", "max" or "min"."""
+        assert op in _OPS, op
+        group = self.reduce_group or self.group
+        return self._launch("all_reduce", tensor, group, lambda g: self.transport.all_reduce(tensor, op, g))
+
+    def broadcast(self, tensor: Tensor, src_index: int = 0) -> Work:
+        """Copy ``tensor`` from the rank at ``src_index`` of the axis into every rank's ``tensor``."""
+        assert 0 <= src_index < self.size, (src_index, self.size)
+        return self._launch("broadcast", tensor, self.group, lambda g: self.transport.broadcast(tensor, src_index, g))
+
+    def all_gather_into(self, output: Tensor, input: Tensor) -> Work:
+        """Concatenate every rank's ``input`` (numel n) into ``output`` (numel size x n), in axis order."""
+        assert output.numel() == self.size * input.numel(), (output.shape, input.shape, self.size)
+        assert output.dtype == input.dtype, (output.dtype, input.dtype)
+        if self.size == 1:
+            return self._copied("all_gather_into", output, input)
+        return self._launch(
+            "all_gather_into", output, self.group, lambda g: self.transport.all_gather_into(output, input, g)
+        )
+
+    def reduce_scatter_into(self, output: Tensor, input: Tensor, op: str = "sum") -> Work:
+        """Reduce ``input`` (numel size x n) over the axis and leave this rank's n elements in ``output``."""
+        assert input.numel() == self.size * output.numel(), (output.shape, input.shape, self.size)
+        assert output.dtype == input.dtype, (output.dtype, input.dtype)
+        assert op in _OPS, op
+        if self.size == 1:
+            return self._copied("reduce_scatter_into", output, input)
+        group = self.reduce_group or self.group
+        return self._launch(
+            "reduce_scatter_into", input, group, lambda g: self.transport.reduce_scatter_into(output, input, op, g)
+        )
+
+    def all_to_all_into(
+        self,
+        output: Tensor,
+        input: Tensor,
+        out_splits: Sequence[int] | None = None,
+        in_splits: Sequence[int] | None = None,
+    ) -> Work:
+        """Send slice i of ``input`` to rank i; receive rank i's slice as slice i of ``output``.
+
+        Splits count rows of dim 0, one entry per rank; None cuts the tensor into equal parts.
+        """
+        assert output.dtype == input.dtype, (output.dtype, input.dtype)
+        if self.size == 1:
+            return self._copied("all_to_all_into", output, input)
+        group = self.reduce_group or self.group
+        # With splits some ranks may send nothing while others do: an empty tensor is then no reason to skip.
+        return self._launch(
+            "all_to_all_into",
+            input,
+            group,
+            lambda g: self.transport.all_to_all_into(output, input, out_splits, in_splits, g),
+            may_skip=out_splits is None and in_splits is None,
+        )
+
+    def barrier(self) -> Work:
+        """A point that no rank of the axis passes before all have reached it."""
+        return self._launch("barrier", None, self.group, self.transport.barrier)
+
+    def discard(self, tensor: Tensor) -> None:
+        """Declare that ``tensor`` will be written before it is read again; costs nothing outside tests."""
+        self.transport.discard(tensor)
+
+    def _launch(
+        self,
+        op: str,
+        tensor: Tensor | None,
+        group: dist.ProcessGroup | None,
+        issue: Callable[[dist.ProcessGroup], Pending],
+        may_skip: bool = True,
+    ) -> Work:
+        """Issue on ``group``; nothing where the axis has one rank or every rank's ``tensor`` is empty."""
+        numel = 0 if tensor is None else tensor.numel()
+        if group is None or (may_skip and tensor is not None and numel == 0):
+            return Work(self.name, op, numel)
+        try:
+            return Work(self.name, op, numel, issue(group))
+        except CommError:
+            raise
+        except RuntimeError as error:
+            raise collectives.failed(self.name, op, numel, error) from error
+
+    def _copied(self, op: str, output: Tensor, input: Tensor) -> Work:
+        if output.data_ptr() != input.data_ptr():
+            output.detach().view(-1).copy_(input.detach().view(-1))
+        return Work(self.name, op, input.numel())
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The four axes of a job. Global rank = ((pp_rank x dp + dp_rank) x sp + sp_rank) x tp + tp_rank.
+
+    Attributes:
+        pp, dp, sp, tp: pipeline, data, sequence and tensor axes of this rank.
+        world: the axis of all ranks.
+        zero_axis: dp x sp, over which gradients are reduced and ZeRO shards are cut.
+        norm_axes: the axes of more than one rank over which the squares of sharded gradients are summed.
+    """
+
+    pp: Axis
+    dp: Axis
+    sp: Axis
+    tp: Axis
+    zero_axis: Axis
+    world: Axis
+    _made: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def build(cls, world: World, pp: int = 1, sp: int = 1, tp: int = 1) -> Mesh:
+        """Cut ``world`` into axes; dp is what pp, sp and tp leave. Every rank calls this with the same sizes.
+
+        Raises:
+            CommError: the sizes do not divide the world.
+        """
+        sizes = _sizes(world.size, pp, sp, tp)
+        builder = _Builder(world, collectives.make_transport(world))
+        axes = {dim: builder.axis(dim, _lines(sizes, (dim,))) for dim in _DIMS}
+        zero = builder.axis("dp x sp", _lines(sizes, ("dp", "sp"))) if sizes["sp"] > 1 else axes["dp"]
+        whole = builder.axis("world", [tuple(range(world.size))])
+        return cls(**axes, zero_axis=zero, world=whole, _made=builder.made)
+
+    @property
+    def norm_axes(self) -> tuple[Axis, ...]:
+        return tuple(axis for axis in (self.zero_axis, self.tp, self.pp) if axis.size > 1)
+
+    def destroy(self) -> None:
+        """Destroy the groups that ``build`` made, in the same order on every rank; the world stays."""
+        while self._made:
+            group = self._made.pop()
+            if dist.is_initialized():
+                dist.destroy_process_group(group)
+
+
+class _Builder:
+    """Makes each distinct partition of the ranks once; the whole world is the default group."""
+
+    def __init__(self, world: World, transport: Transport) -> None:
+        self._world, self._transport = world, transport
+        self._known: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+        self.made: list[dist.ProcessGroup] = []
+
+    def axis(self, name: str, lines: list[tuple[int, ...]]) -> Axis:
+        mine = next(line for line in lines if self._world.rank in line)
+        group = self._group(lines, mine) if len(mine) > 1 else None
+        return Axis(name, mine.index(self._world.rank), len(mine), mine, group, self._transport)
+
+    def _group(self, lines: list[tuple[int, ...]], mine: tuple[int, ...]) -> dist.ProcessGroup:
+        if len(mine) == self._world.size:
+            whole = dist.group.WORLD
+            assert whole is not None
+            return whole
+        partition = tuple(lines)
+        if partition not in self._known:
+            # Every rank makes every group of the partition, in order: torch requires it of non-members too.
+            groups = {line: dist.new_group(list(line)) for line in lines}
+            self._known[partition] = groups[mine]
+            self.made.append(groups[mine])
+        return self._known[partition]
+
+
+def _sizes(world_size: int, pp: int, sp: int, tp: int) -> dict[str, int]:
+    inner = pp * sp * tp
+    if min(pp, sp, tp) < 1 or world_size % inner:
+        raise CommError(
+            "the parallel sizes do not divide the world",
+            got=f"pp {pp} x sp {sp} x tp {tp} = {inner}, on {world_size} ranks",
+            expected="world = pp x dp x sp x tp with every size at least 1",
+            do=f"start a multiple of {max(inner, 1)} ranks, or lower one of the sizes",
+        )
+    return {"pp": pp, "dp": world_size // inner, "sp": sp, "tp": tp}
+
+
+def _lines(sizes: dict[str, int], dims: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """All lines of ranks along ``dims``: ranks that differ in those coordinates only, in rank order."""
+    strides, stride = {}, 1
+    for dim in reversed(_DIMS):
+        strides[dim] = stride
+        stride *= sizes[dim]
+    lines: dict[int, list[int]] = {}
+    for rank in range(stride):
+        origin = rank - sum((rank // strides[dim] % sizes[dim]) * strides[dim] for dim in dims)
+        lines.setdefault(origin, []).append(rank)
+    return [tuple(line) for _, line in sorted(lines.items())]
