@@ -1,0 +1,101 @@
+"""Owns a tiny run of every op, native against reference, that tells a working library from a miscompiled one.
+
+Knows nothing of builds. The thorough comparison is the test suite's; this one has to take no noticeable time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from deepcore.ops import schemas
+
+Arguments = list[object]
+
+_NUMEL, _SPLIT = 67, 40  # longer than a vector register, with a tail, cut into two segments
+_RELATIVE, _ABSOLUTE = 1e-5, 1e-7  # a wrong kernel is wrong by far more
+
+# A finite range with both signs, without the cost of a generator.
+_RAMP = torch.arange(_NUMEL, dtype=torch.float32).sub_(30).mul_(0.03125)
+
+
+def failing(op: str, device: str) -> str:
+    """Run one op on the device and compare; "" if it agrees with its reference, else what is wrong."""
+    make = _ARGUMENTS.get(op)
+    if make is None:
+        return ""
+    expected, got = make(torch.device("cpu")), make(torch.device(device))
+    expected_out = reference(op)(*expected)
+    try:
+        got_out = getattr(torch.ops.deepcore, op)(*got)
+    except RuntimeError as error:
+        return f"it raised {str(error).splitlines()[0]}"
+    for want, have in zip(_tensors([*expected, expected_out]), _tensors([*got, got_out]), strict=True):
+        if not torch.allclose(want, have.cpu(), rtol=_RELATIVE, atol=_ABSOLUTE):
+            return f"it differs from its reference by up to {(want - have.cpu()).abs().max().item():.3g}"
+    return ""
+
+
+def reference(op: str) -> Callable[..., object]:
+    """The pure-torch kernel of an op."""
+    kernels: dict[str, Callable[..., object]] = {}
+    for stem in schemas.SCHEMAS.values():
+        kernels.update((schema.split("(", 1)[0], kernel) for schema, kernel in stem.OPS.items())
+    return kernels[op]
+
+
+def _tensors(values: list[object]) -> list[torch.Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(list(value))
+    return found
+
+
+def _segments(device: torch.device) -> Arguments:
+    rows = [[0, 0, _SPLIT, 0, 0], [0, _SPLIT, _NUMEL - _SPLIT, 0, 1]]
+    return [torch.tensor(rows, device=device), torch.tensor([0, 2])]
+
+
+def _flatten(device: torch.device) -> Arguments:
+    flat = torch.zeros(_NUMEL + 3, dtype=torch.bfloat16, device=device)
+    return [flat, [_RAMP.to(device)], torch.tensor([2])]
+
+
+def _unflatten(device: torch.device) -> Arguments:
+    return [[torch.zeros(_NUMEL - 3, device=device)], _RAMP.to(device, torch.float16), torch.tensor([2])]
+
+
+def _grad_stats(device: torch.device) -> Arguments:
+    return [[_RAMP.to(device)], *_segments(device)]
+
+
+def _adam(device: torch.device) -> Arguments:
+    def ramp(scale: float, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        return [(_RAMP * scale).to(device, dtype)]
+
+    hyper = [[0.01, 0.9, 0.99, 1e-6, 0.1, 1.0, 1.0, 0.0]]
+    return [
+        ramp(1.0),
+        ramp(0.5, torch.bfloat16),
+        ramp(0.25),
+        [tensor.square() for tensor in ramp(0.25)],
+        ramp(0.0, torch.bfloat16),
+        *_segments(device),
+        torch.tensor(hyper, dtype=torch.float64, device=device),
+        torch.tensor([3.0, 7.0], device=device),
+        torch.ones(2, dtype=torch.uint8, device=device),
+        torch.full((1,), 0.5, device=device),
+        torch.zeros(1, device=device),
+    ]
+
+
+_ARGUMENTS: dict[str, Callable[[torch.device], Arguments]] = {
+    "flatten_": _flatten,
+    "unflatten_": _unflatten,
+    "grad_stats": _grad_stats,
+    "adam_": _adam,
+}
