@@ -234,6 +234,12 @@ TEXT_LAWS: tuple[Law, ...] = (torch_header, file_size, nothing_unfinished, named
 
 
 def judge(source: Source) -> list[Violation]:
-    """Every violation in one file."""
-    laws = (*PYTHON_LAWS, *TEXT_LAWS) if source.is_python else TEXT_LAWS
+    """Every violation in one file; a file that does not parse breaks the one law that it can be read."""
+    laws = TEXT_LAWS
+    if source.is_python:
+        try:
+            ast.parse(source.text)
+        except SyntaxError as error:
+            return [Violation(source.path, error.lineno or 1, "syntax", "<module>", error.msg)]
+        laws = (*PYTHON_LAWS, *TEXT_LAWS)
     return [violation for law in laws for violation in law(source)]

@@ -160,6 +160,11 @@ def test_one_sentence_is_enough_for_a_package_but_none_is_not() -> None:
     assert [v.law for v in judge(Source("deepcore/zero/__init__.py", ""))] == ["module-docstring"]
 
 
+def test_a_file_that_does_not_parse_is_reported_not_fatal() -> None:
+    (violation,) = judge(Source("deepcore/zero/a.py", "x = = 1\n"))
+    assert (violation.law, violation.line) == ("syntax", 1)
+
+
 def test_a_violation_names_its_place() -> None:
     text = DOC + "class A:\n    def f(self):\n        print(1)\n"
     (violation,) = judge(Source("deepcore/zero/a.py", text))
