@@ -1,0 +1,22 @@
+// Owns the qualifiers that let one function serve CPU variants, CUDA kernels and plain tests.
+// Knows nothing of what the functions compute.
+#pragma once
+
+#include <stdint.h>
+
+// Each *_cpu.cpp is compiled once per instruction set into one library. Whatever these headers define must therefore
+// have internal linkage or live in namespace DEEPCORE_ISA: a shared inline function would let the linker keep the
+// AVX-512 copy for everybody, an illegal instruction on older machines.
+#ifdef __CUDACC__
+#define DEEPCORE_FN static __host__ __device__ __forceinline__
+#else
+#define DEEPCORE_FN static inline __attribute__((always_inline))
+#endif
+
+#ifndef DEEPCORE_ISA
+#ifdef __CUDACC__
+#define DEEPCORE_ISA cuda
+#else
+#define DEEPCORE_ISA portable
+#endif
+#endif

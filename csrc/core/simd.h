@@ -1,0 +1,52 @@
+// Owns the vector types of the CPU variants: `vec` of fp32 and `dvec` of fp64, as wide as DEEPCORE_ISA has them.
+// Knows nothing of formulas. Every operation gives the bits that its scalar twin in dtype.h gives.
+#pragma once
+
+#include "core/dtype.h"
+
+namespace deepcore {
+namespace DEEPCORE_ISA {
+
+using ::deepcore::load;  // the scalar forms, which the overloads below would otherwise hide
+using ::deepcore::root;
+using ::deepcore::splat;
+using ::deepcore::store;
+
+}  // namespace DEEPCORE_ISA
+}  // namespace deepcore
+
+#if defined(__AVX512F__)
+#include "core/simd_avx512.h"
+#elif defined(__AVX2__)
+#include "core/simd_avx2.h"
+#elif defined(__aarch64__)
+#include "core/simd_neon.h"
+#else
+
+namespace deepcore {
+namespace DEEPCORE_ISA {
+
+using vec = float;
+using dvec = double;
+
+DEEPCORE_FN void add_square(double& sum, double x) { sum += x * x; }
+DEEPCORE_FN void store(double* to, double x) { *to = x; }
+
+template <class T>
+DEEPCORE_FN void stream(T* to, vec x) {
+    store(to, x);
+}
+DEEPCORE_FN void stream_fence() {}
+
+}  // namespace DEEPCORE_ISA
+}  // namespace deepcore
+
+#endif
+
+namespace deepcore {
+namespace DEEPCORE_ISA {
+
+constexpr int64_t kWidth = sizeof(vec) / sizeof(float);
+
+}  // namespace DEEPCORE_ISA
+}  // namespace deepcore

@@ -1,0 +1,129 @@
+// Owns the questions that every binding asks of a tensor, and the errors where the answer is wrong.
+// Knows nothing of any one op. An error names the argument, what was given and what was expected.
+#pragma once
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <stdexcept>
+#include <vector>
+
+#include "core/dtype.h"
+
+// libtorch hides its stable C++ types, so whatever holds one must be hidden too.
+#define DEEPCORE_HIDDEN __attribute__((visibility("hidden")))
+
+namespace deepcore {
+namespace DEEPCORE_HIDDEN binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+
+[[noreturn]] __attribute__((format(printf, 1, 2), noinline, cold)) inline void fail(const char* format, ...) {
+    char text[512];
+    va_list values;
+    va_start(values, format);
+    vsnprintf(text, sizeof text, format, values);
+    va_end(values);
+    throw std::runtime_error(text);
+}
+
+struct Text {  // a short string without an allocation
+    char text[160];
+};
+
+struct Device {
+    int32_t type, index;
+    bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+    bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
+};
+
+inline Device device_of(const Tensor& tensor) {
+    Device device;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+    if (device.is_cpu()) device.index = 0;  // torch says -1 here and 0 there
+    return device;
+}
+
+inline Text describe(Device device) {
+    Text out;
+    if (device.is_cpu()) {
+        snprintf(out.text, sizeof out.text, "cpu");
+    } else if (device.type == aoti_torch_device_type_cuda()) {
+        snprintf(out.text, sizeof out.text, "cuda:%d", device.index);
+    } else {
+        snprintf(out.text, sizeof out.text, "device type %d", device.type);
+    }
+    return out;
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Long:
+            return "int64";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Byte:
+            return "uint8";
+        default:
+            return torch::headeronly::toString(dtype);
+    }
+}
+
+inline Text shape_text(const int64_t* sizes, int64_t dim) {
+    Text out;
+    int used = snprintf(out.text, sizeof out.text, "(");
+    for (int64_t i = 0; i < dim && used < 120; ++i) {
+        used += snprintf(out.text + used, sizeof out.text - used, i ? ", %lld" : "%lld", (long long)sizes[i]);
+    }
+    snprintf(out.text + used, sizeof out.text - used, dim == 1 ? ",)" : ")");
+    return out;
+}
+
+inline Text shape_text(const Tensor& tensor) { return shape_text(tensor.sizes().data(), tensor.dim()); }
+
+inline Device cpu_device() { return {aoti_torch_device_type_cpu(), 0}; }
+
+// The memory of a contiguous table argument with exactly this dtype, shape and device.
+inline void* table_memory(const char* name, const Tensor& tensor, ScalarType dtype,
+                          std::initializer_list<int64_t> shape, Device device) {
+    bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+    for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == shape.begin()[i];
+    if (!same || tensor.scalar_type() != dtype || !(device_of(tensor) == device) || !tensor.is_contiguous()) {
+        fail("%s: got %s %s on %s%s, expected contiguous %s %s on %s", name, dtype_name(tensor.scalar_type()),
+             shape_text(tensor).text, describe(device_of(tensor)).text, tensor.is_contiguous() ? "" : " (strided)",
+             dtype_name(dtype), shape_text(shape.begin(), shape.size()).text, describe(device).text);
+    }
+    return tensor.data_ptr();
+}
+
+template <class T>
+T* table_of(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
+            Device device) {
+    return static_cast<T*>(table_memory(name, tensor, dtype, shape, device));
+}
+
+// A new uninitialised 1-D tensor. dtype: what an aoti_torch_dtype_*() function returns.
+inline Tensor empty(int64_t numel, int32_t dtype, Device device) {
+    constexpr int64_t kStride = 1;
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(1, &numel, &kStride, dtype, device.type, device.index, &handle));
+    return Tensor(handle);
+}
+
+}  // namespace DEEPCORE_HIDDEN binding
+}  // namespace deepcore

@@ -1,0 +1,90 @@
+// Owns the checks of flatten_'s and unflatten_'s arguments and their translation to FlattenArgs.
+// Knows nothing of how the kernels are started.
+#pragma once
+
+#include "flatten/flatten.h"
+#include "torch/lists.h"
+
+namespace deepcore {
+namespace DEEPCORE_HIDDEN binding {
+
+enum class Direction { flatten, unflatten };
+
+struct FlattenCall {  // the kernels' arguments, and what they point into
+    std::vector<Copy> copies;
+    FlattenArgs args;
+    int64_t numel;
+};
+
+inline void require_flat(const Tensor& flat) {
+    if (flat.dim() != 1 || !flat.is_contiguous()) {
+        fail("flat: got shape %s with strides %s, expected a contiguous 1-D buffer", shape_text(flat).text,
+             shape_text(flat.strides().data(), flat.dim()).text);
+    }
+}
+
+// A tensor that already lies at its place in the buffer is fine; any other sharing would be a race.
+inline void require_outside(const Tensor& tensor, size_t index, const Range& flat, const char* place) {
+    const Range range = range_of(tensor);
+    if (range.overlaps(flat) && range.begin != place) {
+        fail("tensors[%zu]: got memory inside flat, away from its own start, expected memory of its own", index);
+    }
+}
+
+inline int64_t require_start(const int64_t* starts, size_t index, int64_t numel, int64_t flat_numel) {
+    const int64_t start = starts[index];
+    if (start < 0 || start > flat_numel || numel > flat_numel - start) {
+        fail("starts[%zu]: got %lld for a tensor of %lld elements, expected a place inside flat of %lld", index,
+             (long long)start, (long long)numel, (long long)flat_numel);
+    }
+    return start;
+}
+
+inline FlattenArgs flatten_types(const Tensor& flat, const TensorList& tensors, Direction direction) {
+    FlattenArgs args = {};
+    if (tensors.empty()) return args;
+    if (flat.scalar_type() == tensors[0].scalar_type()) {
+        args.raw_size = static_cast<int64_t>(flat.element_size());
+        return args;
+    }
+    const DType whole = float_dtype("flat", flat), part = float_dtype("tensors", tensors);
+    args.to_dtype = direction == Direction::flatten ? whole : part;
+    args.from_dtype = direction == Direction::flatten ? part : whole;
+    return args;
+}
+
+inline FlattenCall flatten_call(const Tensor& flat, const TensorList& tensors, const Tensor& starts,
+                                Direction direction, Device device) {
+    if (!(device_of(flat) == device)) {
+        fail("flat: got a tensor on %s, expected %s", describe(device_of(flat)).text, describe(device).text);
+    }
+    require_flat(flat);
+    require_list("tensors", tensors, device);
+    const int64_t count = static_cast<int64_t>(tensors.size());
+    const int64_t* start_of = table_of<const int64_t>("starts", starts, ScalarType::Long, {count}, cpu_device());
+
+    FlattenCall call{std::vector<Copy>(tensors.size()), flatten_types(flat, tensors, direction), 0};
+    const Range range = range_of(flat);
+    const int64_t size = static_cast<int64_t>(flat.element_size()), flat_numel = flat.numel();
+    int64_t covered = 0;  // end of the tensor before: starts usually ascend, and then overlap is cheap to see
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        const int64_t numel = tensors[i].numel(), start = require_start(start_of, i, numel, flat_numel);
+        if (numel > 0 && i > 0 && start < covered && start >= start_of[i - 1]) {
+            fail("starts[%zu]: got %lld, expected at least %lld, where the tensor before it ends", i, (long long)start,
+                 (long long)covered);
+        }
+        covered = start + numel;
+        char* const place = const_cast<char*>(range.begin) + start * size;
+        require_outside(tensors[i], i, range, place);
+        void* const memory = tensors[i].data_ptr();
+        const bool into_flat = direction == Direction::flatten;
+        call.copies[i] = {into_flat ? place : memory, into_flat ? memory : place, numel, call.numel};
+        call.numel += numel;
+    }
+    call.args.copies = call.copies.data();
+    call.args.num_copies = count;
+    return call;
+}
+
+}  // namespace DEEPCORE_HIDDEN binding
+}  // namespace deepcore

@@ -1,0 +1,34 @@
+// Owns the CPU bindings of flatten_ and unflatten_: checks, starts the kernel on torch's threads.
+// Knows nothing of how elements are copied.
+#include "torch/flatten_args.h"
+#include "torch/isa.h"
+#include "torch/parallel.h"
+
+namespace {
+
+using namespace deepcore;
+using namespace deepcore::binding;
+
+constexpr int64_t kGrain = 32768;             // elements that are worth a thread
+constexpr int64_t kStreamingNumel = 1 << 22;  // beyond this the caches would only hold what nobody reads soon
+
+void start(FlattenCall call) {
+    call.args.streaming = call.numel >= kStreamingNumel;
+    const auto copy = DEEPCORE_PICK(flatten_range);
+    parallel_for(call.numel, kGrain, [&](int64_t begin, int64_t end) { copy(call.args, begin, end); });
+}
+
+void flatten_(const Tensor& flat, const TensorList& tensors, const Tensor& starts) {
+    start(flatten_call(flat, tensors, starts, Direction::flatten, cpu_device()));
+}
+
+void unflatten_(const TensorList& tensors, const Tensor& flat, const Tensor& starts) {
+    start(flatten_call(flat, tensors, starts, Direction::unflatten, cpu_device()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
+    m.impl("flatten_", TORCH_BOX(&flatten_));
+    m.impl("unflatten_", TORCH_BOX(&unflatten_));
+}
