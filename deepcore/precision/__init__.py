@@ -1,0 +1,1 @@
+"""Floor 2: which dtype each quantity has, and how losses are scaled."""

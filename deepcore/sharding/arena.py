@@ -1,0 +1,107 @@
+"""Owns this rank's memory for training: master weights, gradients and optimizer state of its shards.
+
+Knows nothing of collectives or formulas; optimizers see it as batches of segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from deepcore.precision.policy import PrecisionPolicy
+from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
+
+
+class ShardArena:
+    """One rank's shards of every group, and the segment tables that address them.
+
+    Where a group's full weights already have master precision the master *is* this rank's slice of them;
+    elsewhere it is a tensor of its own and the slice is the low-precision copy that the update also writes.
+
+    Attributes:
+        masters: per group, 1-D, ``layout.shard_numel`` elements.
+        grads: per group, 1-D, same size, in the policy's accumulation dtype.
+        batches: one per combination of dtypes; together they cover every element of the shards once.
+        usage: uint8 (P,), a flag per parameter of all groups in order, the same on every rank: 1 where its
+            gradient arrived on some rank.
+    """
+
+    def __init__(self, groups: Sequence[FlatGroup], rank: int, policy: PrecisionPolicy) -> None:
+        self.groups = list(groups)
+        self.device = groups[0].key.device if groups else torch.device("cpu")
+        self.masters: list[torch.Tensor] = []
+        self.grads: list[torch.Tensor] = []
+        self._copies: list[torch.Tensor | None] = []
+        self._ranges = [group.layout.shard_range(rank) for group in self.groups]
+        for group, (begin, end) in zip(self.groups, self._ranges, strict=True):
+            master_dtype = policy.master_of(group.key.dtype)
+            source = group.cast()[begin:end]
+            weights = group.full[begin:end]
+            owned = master_dtype != group.key.dtype
+            self.masters.append(source.to(master_dtype) if owned else weights)
+            self._copies.append(weights if owned else None)
+            self.grads.append(torch.zeros_like(weights, dtype=policy.accumulate_of(group.key.dtype)))
+        self.usage = torch.zeros(sum(len(group.params) for group in groups), dtype=torch.uint8, device=self.device)
+        self.batches: list[SegmentBatch] = []
+        self._params_of: list[torch.Tensor] = []
+        for members in self._members_by_kind():
+            self._add_batch(members)
+
+    def _members_by_kind(self) -> list[list[int]]:
+        by_kind: dict[tuple[object, ...], list[int]] = {}
+        for index, copy in enumerate(self._copies):
+            master, grad = self.masters[index], self.grads[index]
+            kind = (master.device, master.dtype, grad.dtype, None if copy is None else copy.dtype)
+            by_kind.setdefault(kind, []).append(index)
+        return list(by_kind.values())
+
+    def _add_batch(self, members: Sequence[int]) -> None:
+        table, params_of = self._table(members)
+        device = self.masters[members[0]].device
+        self._params_of.append(torch.tensor(params_of, dtype=torch.int64, device=device))
+        self.batches.append(
+            SegmentBatch(
+                params=[self.masters[index] for index in members],
+                grads=[self.grads[index] for index in members],
+                copies=[copy for index in members if (copy := self._copies[index]) is not None],
+                table=table,
+                steps=torch.zeros(len(table), dtype=torch.float32, device=device),
+                active=torch.zeros(len(table), dtype=torch.uint8, device=device),
+            )
+        )
+
+    def _table(self, members: Sequence[int]) -> tuple[SegmentTable, list[int]]:
+        first_param = [0]
+        for group in self.groups:
+            first_param.append(first_param[-1] + len(group.params))
+        segments, params_of = [], []
+        for tensor, index in enumerate(members):
+            group = self.groups[index]
+            for part in group.layout.overlaps(*self._ranges[index]):
+                segments.append(Segment(group.names[part.slot], tensor, part.in_range, part.numel))
+                params_of.append(first_param[index] + part.slot)
+        return SegmentTable(segments, len(members), self.masters[members[0]].device), params_of
+
+    def activate(self) -> None:
+        """Make each batch's ``active`` follow ``usage``, on the device, without a look at either."""
+        for batch, params_of in zip(self.batches, self._params_of, strict=True):
+            torch.index_select(self.usage, 0, params_of, out=batch.active)
+
+    def allocate_state(self, names: Sequence[str]) -> None:
+        """Make one zeroed fp32 tensor per shard for each name of optimizer state."""
+        for batch in self.batches:
+            for name in names:
+                batch.states[name] = [torch.zeros_like(param, dtype=torch.float32) for param in batch.params]
+
+    def assign_hyper(self, index_of: Mapping[str, int]) -> None:
+        """Point every segment at the hyperparameter row of its parameter, given by parameter name."""
+        for batch in self.batches:
+            batch.table.set_hyper([index_of[segment.name] for segment in batch.table.segments])
+
+    def nbytes(self) -> int:
+        """Bytes that this rank holds for training beyond the model's own weights; an aliased master is free."""
+        owned = [master for master, copy in zip(self.masters, self._copies, strict=True) if copy is not None]
+        states = [tensor for batch in self.batches for tensors in batch.states.values() for tensor in tensors]
+        return sum(tensor.nbytes for tensor in [*owned, *self.grads, *states])

@@ -1,0 +1,87 @@
+"""Owns the storage of one group's parameters: a flat buffer of which every parameter is a view.
+
+Knows nothing of gradients, optimizers or ranks other than the number of shards.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from deepcore.errors import LayoutError
+from deepcore.sharding.layout import ShardLayout, is_dense
+from deepcore.sharding.units import GroupKey, GroupPlan
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FlatGroup:
+    """Parameters that are gathered, reduced and updated together.
+
+    Attributes:
+        key: what the parameters share.
+        layout: where each of them lives in the flat buffer.
+        params: the parameters, in the layout's order; after ``adopt`` views of ``full``.
+        names: their names in the module.
+        full: the flat buffer, 1-D, ``layout.numel`` elements, padding zero. It begins in the dtype that the
+            parameters came in; ``cast`` brings it to ``key.dtype``.
+    """
+
+    def __init__(self, plan: GroupPlan, num_shards: int) -> None:
+        self.key: GroupKey = plan.key
+        self.names = [name for name, _ in plan.params]
+        self.params = [param for _, param in plan.params]
+        for name, param in plan.params:
+            _require_supported(name, param)
+        self.strides = [param.stride() for param in self.params]
+        self.layout = ShardLayout.pack(((name, tuple(param.shape)) for name, param in plan.params), num_shards)
+        self.starts = torch.tensor([slot.start for slot in self.layout.slots], dtype=torch.int64)
+        self.full = torch.zeros(self.layout.numel, dtype=self.params[0].dtype, device=self.key.device)
+
+    def adopt(self) -> None:
+        """Move the parameters' values into ``full`` and make each parameter a view of it, strides kept."""
+        torch.ops.deepcore.flatten_(self.full, [param.data for param in self.params], self.starts)
+        self._point_at(self.full)
+
+    def cast(self) -> torch.Tensor:
+        """Bring ``full`` to ``key.dtype``; the buffer as it was is returned, so that masters lose no bit."""
+        source = self.full
+        if source.dtype != self.key.dtype:
+            self.full = source.to(self.key.dtype)
+            self._point_at(self.full)
+        return source
+
+    def _point_at(self, flat: torch.Tensor) -> None:
+        for param, view in zip(self.params, self.views(flat), strict=True):
+            param.grad = None
+            param.data = view
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """``flat`` (1-D, ``layout.numel`` elements) as one tensor per parameter, in its shape and strides."""
+        return [
+            flat.as_strided(slot.shape, stride, flat.storage_offset() + slot.start)
+            for slot, stride in zip(self.layout.slots, self.strides, strict=True)
+        ]
+
+
+def _require_supported(name: str, param: torch.nn.Parameter) -> None:
+    if type(param.data) is not torch.Tensor or param.layout is not torch.strided:
+        raise LayoutError(
+            f"parameter '{name}' is not an ordinary dense tensor",
+            got=f"{type(param.data).__name__} with layout {param.layout}",
+            expected="a strided torch.Tensor",
+            do="pass the model before it is wrapped by another parallelism library",
+        )
+    if param.dtype not in SUPPORTED_DTYPES:
+        raise LayoutError(
+            f"trainable parameter '{name}' has a dtype that deepcore does not train",
+            got=str(param.dtype),
+            expected=", ".join(str(dtype) for dtype in SUPPORTED_DTYPES),
+            do="cast it (model.float()) or freeze it (requires_grad_(False)) before initialize()",
+        )
+    if not is_dense(param.shape, param.stride()):
+        raise LayoutError(
+            f"parameter '{name}' is a view with gaps or overlaps in memory",
+            got=f"shape {tuple(param.shape)}, strides {tuple(param.stride())}",
+            expected="strides that cover a block of memory exactly, such as contiguous or channels_last",
+            do="replace it by a copy: param.data = param.data.contiguous()",
+        )

@@ -1,0 +1,72 @@
+"""Owns the segment table: the rows by which one kernel launch covers every piece of every parameter.
+
+Knows nothing of what the tensors mean; the row format is defined beside the op references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deepcore.ops.reference.segments import CHUNK_NUMEL, COLUMNS, HYPER
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``numel`` elements from ``begin`` of tensor number ``tensor``, updated with hyperparameter row ``hyper``."""
+
+    name: str
+    tensor: int
+    begin: int
+    numel: int
+    hyper: int = 0
+
+
+class SegmentTable:
+    """The rows of a list of segments, on the tensors' device.
+
+    Attributes:
+        segments: what the rows were made from, sorted by tensor.
+        rows: int64 (S, 5) on ``device``.
+        chunk_offsets: int64 CPU (T + 1,): chunks before each tensor, and their total.
+    """
+
+    def __init__(self, segments: Sequence[Segment], num_tensors: int, device: torch.device) -> None:
+        self.segments = tuple(segments)
+        rows, offsets, chunks, tensor = [], [0] * (num_tensors + 1), 0, 0
+        for segment in self.segments:
+            assert tensor <= segment.tensor < num_tensors, "segments are sorted by tensor"
+            tensor = segment.tensor
+            rows.append((segment.tensor, segment.begin, segment.numel, segment.hyper, chunks))
+            chunks += -(-segment.numel // CHUNK_NUMEL)
+            offsets[tensor + 1] = chunks
+        for index in range(num_tensors):
+            offsets[index + 1] = max(offsets[index], offsets[index + 1])
+        self.rows = torch.tensor(rows, dtype=torch.int64).reshape(-1, COLUMNS).to(device)
+        self.chunk_offsets = torch.tensor(offsets, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def set_hyper(self, hyper: Sequence[int]) -> None:
+        """Point every segment at a hyperparameter row; ``hyper`` has one index per segment."""
+        self.rows[:, HYPER] = torch.tensor(hyper, dtype=torch.int64).to(self.rows.device)
+
+
+@dataclass
+class SegmentBatch:
+    """Everything one launch of an optimizer kernel needs, hyperparameters excepted.
+
+    ``params``, ``grads``, each list of ``states`` and ``copies`` (when not empty) are co-indexed: a segment's
+    range is the same in all of them. ``steps`` is fp32 (S,); ``active`` is uint8 (S,).
+    """
+
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    copies: list[torch.Tensor]
+    table: SegmentTable
+    steps: torch.Tensor
+    active: torch.Tensor
+    states: dict[str, list[torch.Tensor]] = field(default_factory=dict)

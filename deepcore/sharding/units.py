@@ -1,0 +1,67 @@
+"""Owns the split of a model's parameters into groups: which parameters travel together.
+
+Knows nothing of buffers or collectives: it returns names and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+DEFAULT_GROUP_NBYTES = 25 * 2**20  # bytes of parameters per group where the config sets no bucket size
+
+
+@dataclass(frozen=True)
+class GroupKey:
+    """What all parameters of one group share. Optimizer param_groups are not part of it."""
+
+    unit: int
+    dtype: torch.dtype
+    requires_grad: bool
+    axis: str
+    device: torch.device
+
+
+@dataclass
+class GroupPlan:
+    """One group to be: its key and its parameters, by name, in registration order."""
+
+    key: GroupKey
+    params: list[tuple[str, torch.nn.Parameter]] = field(default_factory=list)
+    numel: int = 0
+
+
+def plan_groups(
+    named: Iterable[tuple[str, torch.nn.Parameter]],
+    *,
+    axis: str,
+    param_dtype: torch.dtype | None = None,
+    max_numel: int | None = None,
+) -> list[GroupPlan]:
+    """Pack parameters, in registration order, into groups of at most ``max_numel`` elements each.
+
+    Parameters of different dtype, device or trainability never share a group. A parameter larger than the
+    bound gets a group of its own.
+
+    Args:
+        named: (name, parameter) pairs, each parameter once.
+        axis: name of the mesh axis over which the groups are reduced.
+        param_dtype: dtype that the parameters will be cast to; None keeps theirs.
+        max_numel: elements per group; None means ``DEFAULT_GROUP_NBYTES`` of the parameter's dtype.
+    """
+    plans: list[GroupPlan] = []
+    current: dict[tuple[torch.dtype, bool, torch.device], GroupPlan] = {}
+    for name, param in named:
+        kind = (param.dtype, param.requires_grad, param.device)
+        bound = max_numel or DEFAULT_GROUP_NBYTES // param.element_size()
+        plan = current.get(kind)
+        if plan is None or (plan.numel and plan.numel + param.numel() > bound):
+            dtype = param_dtype or param.dtype
+            plan = GroupPlan(GroupKey(len(plans), dtype, param.requires_grad, axis, param.device))
+            plans.append(plan)
+            current[kind] = plan
+        plan.params.append((name, param))
+        plan.numel += param.numel()
+    return plans
