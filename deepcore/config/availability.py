@@ -1,0 +1,112 @@
+"""Owns the one table of settings that are planned and not built yet; whoever builds one deletes its row.
+
+Knows nothing of settings that deepcore does not plan (``rare.py``) or that contradict each other (``conflicts.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from deepcore.config.catalog import PLANNED_OPTIMIZERS
+from deepcore.config.ledger import Problem
+from deepcore.config.paths import shown
+from deepcore.config.settings import Settings
+
+
+class Unbuilt(NamedTuple):
+    """A setting, when it asks for something that is not there, and what works instead."""
+
+    key: str
+    asks: Callable[[Any], bool]
+    instead: str
+
+
+def _on(value: Any) -> bool:
+    return value is True
+
+
+def _off(value: Any) -> bool:
+    return value is False
+
+
+def _set(value: Any) -> bool:
+    return value is not None
+
+
+def _above(bound: int) -> Callable[[Any], bool]:
+    return lambda value: bool(value > bound)
+
+
+def _other_than(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in values
+
+
+def _among(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def _fused_amsgrad(params: dict[str, Any]) -> bool:
+    return bool(params.get("amsgrad")) and not params.get("torch_adam")
+
+
+_FP32 = "fp32 and bf16 (with fp32 masters) train today"
+_REMOVE = "remove it"
+UNBUILT: tuple[Unbuilt, ...] = (
+    Unbuilt("zero_optimization.stage", _above(0), "stage 0 trains today"),
+    Unbuilt("zero_optimization.offload_param.device", _other_than("none"), 'use "none"'),
+    Unbuilt("zero_optimization.offload_optimizer.device", _other_than("none"), 'use "none"'),
+    Unbuilt("zero_optimization.replicate_optimizer", _on, "stage 0 keeps the state whole anyway"),
+    Unbuilt("fp16.enabled", _on, _FP32),
+    Unbuilt("amp.enabled", _on, _FP32),
+    Unbuilt("torch_autocast.enabled", _on, _FP32),
+    Unbuilt("bf16.bf16_master_weights_and_grads", _on, _FP32),
+    Unbuilt("bf16.check_grad_overflow", _off, "a step with inf or NaN gradients is always skipped"),
+    Unbuilt("data_types.buffer_dtype", _set, "buffers keep the dtype they are loaded with"),
+    Unbuilt("prescale_gradients", _on, _REMOVE),
+    Unbuilt("gradient_predivide_factor", _other_than(1.0), _REMOVE),
+    Unbuilt("managed_gradient_accumulation", _off, "use engine.no_sync() or set_gradient_accumulation_boundary()"),
+    Unbuilt("deterministic", _on, "one rank is deterministic; remove it"),
+    Unbuilt("optimizer.type", _among(*PLANNED_OPTIMIZERS), "use Adam, AdamW, or a class of torch.optim by its name"),
+    Unbuilt("optimizer.params", _fused_amsgrad, 'add "torch_adam": true, and torch\'s own class keeps amsgrad'),
+    Unbuilt("optimizer.params.fp32_optimizer_states", _off, _REMOVE),
+    Unbuilt("sequence_parallel_size", _above(1), "all ranks are data-parallel today"),
+    Unbuilt("tensor_parallel.autotp_size", _above(1), "all ranks are data-parallel today"),
+    Unbuilt("tensor_parallel.tp.tp_size", _above(1), "all ranks are data-parallel today"),
+    Unbuilt("hybrid_engine.enabled", _on, "train and generate in separate engines"),
+    Unbuilt("activation_checkpointing.partition_activations", _on, "use torch.utils.checkpoint in the model"),
+    Unbuilt("activation_checkpointing.contiguous_memory_optimization", _on, "use torch.utils.checkpoint in the model"),
+    Unbuilt("activation_checkpointing.cpu_checkpointing", _on, "use torch.utils.checkpoint in the model"),
+    Unbuilt("activation_checkpointing.profile", _on, _REMOVE),
+    Unbuilt("checkpoint.load_universal", _on, _REMOVE),
+    Unbuilt("checkpoint.use_node_local_storage", _on, _REMOVE),
+    Unbuilt("checkpoint.parallel_write.pipeline_stage", _on, _REMOVE),
+    Unbuilt("checkpoint.async", _on, _REMOVE),
+    Unbuilt("compile.deepcompile", _on, _REMOVE),
+    Unbuilt("aio.use_gds", _on, _REMOVE),
+    Unbuilt("elasticity.enabled", _on, "set the batch sizes yourself"),
+    Unbuilt("tensorboard.enabled", _on, "log the values that the engine returns"),
+    Unbuilt("wandb.enabled", _on, "log the values that the engine returns"),
+    Unbuilt("csv_monitor.enabled", _on, "log the values that the engine returns"),
+    Unbuilt("comet.enabled", _on, "log the values that the engine returns"),
+    Unbuilt("flops_profiler.enabled", _on, _REMOVE),
+    Unbuilt("comms_logger.enabled", _on, _REMOVE),
+    Unbuilt("memory_breakdown", _on, _REMOVE),
+    Unbuilt("log_level", _set, 'use logging.getLogger("deepcore").setLevel(...)'),
+)
+
+
+def unavailable(settings: Settings) -> Iterator[tuple[str, Problem]]:
+    """Every setting that asks for something not built yet: its dotted key and the problem."""
+    for row in UNBUILT:
+        value = settings.at(row.key)
+        if value is not None and row.asks(value):
+            yield (
+                row.key,
+                Problem(
+                    f"{row.key} is not available yet in this version of deepcore",
+                    got=shown(value),
+                    expected=row.instead if row.instead != _REMOVE else "",
+                    do=f"change or remove {row.key}",
+                ),
+            )

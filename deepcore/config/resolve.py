@@ -1,0 +1,133 @@
+"""Owns the batch arithmetic: train_batch_size = micro batch x accumulation steps x data-parallel ranks.
+
+Knows nothing of process groups: the number of ranks is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepcore.config.ledger import Ledger, Problem
+from deepcore.config.paths import is_unset, lookup, remove, shown
+
+TOTAL, MICRO, STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+_KEYS = (TOTAL, MICRO, STEPS)
+
+
+def resolve_ranks(raw: dict[str, Any], world_size: int, override: int | None, ledger: Ledger) -> int | None:
+    """The number of data-parallel ranks, written to ``raw``; None where it cannot be told (a problem is recorded)."""
+    sequence = _size(raw, "sequence_parallel_size")
+    tensor = max(_size(raw, "tensor_parallel.autotp_size"), _size(raw, "tensor_parallel.tp.tp_size"), 1)
+    given = raw.get("data_parallel_size")
+    if override is None and world_size % (sequence * tensor):
+        what = "the ranks cannot be split into sequence- and tensor-parallel groups"
+        got = f"{world_size} ranks / (sequence {sequence} x tensor {tensor}) = {world_size / (sequence * tensor):g}"
+        ledger.problems.append(
+            Problem(what, got=got, expected="an integer", do="change the number of ranks or the sizes of the axes")
+        )
+        return None
+    ranks = world_size // (sequence * tensor) if override is None else override
+    if isinstance(given, int) and not isinstance(given, bool) and given != ranks:
+        what = "data_parallel_size does not agree with the number of ranks"
+        got = f"{given} data-parallel x {sequence} sequence x {tensor} tensor is not {world_size} ranks"
+        do = f"remove data_parallel_size, or set it to {ranks}, or start {given * sequence * tensor} ranks"
+        ledger.problems.append(Problem(what, got=got, expected=str(ranks), do=do))
+    elif is_unset(given):
+        raw["data_parallel_size"] = ranks
+        ledger.mark("data_parallel_size", "inferred", f"{world_size} ranks / ({sequence} sequence x {tensor} tensor)")
+    return ranks
+
+
+def _size(raw: dict[str, Any], path: str) -> int:
+    value = lookup(raw, path)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 1
+
+
+def resolve_batch(raw: dict[str, Any], ranks: int | None, ledger: Ledger) -> None:
+    """Completes the three batch settings in ``raw``, in place.
+
+    ===========================  ==========================================
+    given                        inferred
+    ===========================  ==========================================
+    all three                    nothing; the product must hold
+    total, micro                 steps = total / (micro x ranks)
+    total, steps                 micro = total / (steps x ranks)
+    micro, steps                 total = micro x steps x ranks
+    total                        steps = 1, micro = total / ranks
+    micro                        steps = 1, total = micro x ranks
+    steps, or none               an error
+    ===========================  ==========================================
+    """
+    given = {key: raw[key] for key in _KEYS if not is_unset(remaining(raw, key, ledger))}
+    invalid = [key for key, value in given.items() if not _is_positive(value)]
+    if ranks is None or invalid:
+        # Placeholders keep the rest checkable; a problem is recorded, or pydantic will find it in the value itself.
+        raw.update({key: raw.get(key, 1) for key in _KEYS})
+        return
+    sizes = {key: int(value) for key, value in given.items()}
+    found = _product(sizes, ranks, ledger) if TOTAL not in sizes else _quotient(sizes, ranks, ledger)
+    for key in _KEYS:
+        if key not in sizes:
+            note = f"{found[TOTAL]} = {found[MICRO]} x {found[STEPS]} x {ranks} ranks"
+            ledger.mark(key, "inferred", note)
+    raw.update(found)
+
+
+def remaining(raw: dict[str, Any], key: str, ledger: Ledger) -> Any:
+    """The value of ``key``; "auto" and null are taken out of ``raw`` and noted."""
+    value = raw.get(key)
+    if is_unset(value):
+        if remove(raw, key) == "auto":
+            ledger.note(key, '"auto"')
+        return None
+    return value
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and float(value).is_integer()
+
+
+def _product(sizes: dict[str, int], ranks: int, ledger: Ledger) -> dict[str, int]:
+    if MICRO not in sizes:
+        what = f"{TOTAL} or {MICRO} is needed, and there is nothing to infer it from"
+        got = f"{STEPS} = {sizes[STEPS]} alone" if STEPS in sizes else "none of the batch settings"
+        do = f'set "{MICRO}", for example to 8'
+        ledger.problems.append(Problem(what, got=got, expected=f"{TOTAL} = {MICRO} x {STEPS} x {ranks} ranks", do=do))
+    micro, steps = sizes.get(MICRO, 1), sizes.get(STEPS, 1)
+    return {TOTAL: micro * steps * ranks, MICRO: micro, STEPS: steps}
+
+
+def _quotient(sizes: dict[str, int], ranks: int, ledger: Ledger) -> dict[str, int]:
+    total, micro = sizes[TOTAL], sizes.get(MICRO)
+    steps = sizes.get(STEPS, 1 if micro is None else None)
+    if micro is not None and steps is not None:
+        if micro * steps * ranks != total:
+            ledger.problems.append(_mismatch(total, micro, steps, ranks))
+        return {TOTAL: total, MICRO: micro, STEPS: steps}
+    missing, known, name = (STEPS, micro, MICRO) if micro is not None else (MICRO, steps, STEPS)
+    divisor = (known or 1) * ranks
+    if total % divisor:
+        ledger.problems.append(_indivisible(total, known or 1, name, missing, ranks))
+    inferred = max(total // divisor, 1)
+    return {TOTAL: total, MICRO: micro or inferred, STEPS: steps or inferred}
+
+
+def _mismatch(total: int, micro: int, steps: int, ranks: int) -> Problem:
+    return Problem(
+        f"the batch settings contradict each other: {TOTAL} = {MICRO} x {STEPS} x ranks does not hold",
+        got=f"{total} != {micro} x {steps} x {ranks} = {micro * steps * ranks}",
+        expected=f"{TOTAL} = {micro * steps * ranks} with the other two as they are",
+        do="remove one of the three, and it is inferred",
+    )
+
+
+def _indivisible(total: int, known: int, name: str, missing: str, ranks: int) -> Problem:
+    divisor = known * ranks
+    below, above = total // divisor * divisor, (total // divisor + 1) * divisor
+    choices = f"{below} or {above}" if below else str(above)
+    return Problem(
+        f"{TOTAL} does not divide into whole micro-batches",
+        got=f"{missing} = {total} / ({name} {known} x {ranks} ranks) = {shown(round(total / divisor, 4))}",
+        expected=f"a multiple of {known} x {ranks} = {divisor}",
+        do=f"set {TOTAL} to {choices}, or change {name} or the number of ranks",
+    )
