@@ -5,6 +5,7 @@ Knows nothing of compile flags or cache keys; no op is ever missing, since a ref
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import warnings
@@ -105,6 +106,16 @@ def source_root() -> Path:
     )
 
 
+def cpu_variant() -> str | None:
+    """Which instruction set the loaded CPU kernels use, such as "avx512"; None while references serve."""
+    path = next((one.path for one in _loaded.get("cpu", ()) if one.path), None)
+    if path is None:
+        return None
+    ask = ctypes.CDLL(str(path)).deepcore_cpu_isa
+    ask.restype = ctypes.c_char_p
+    return str(ask().decode())
+
+
 def op_names() -> tuple[str, ...]:
     """All ops, such as "adam_"."""
     return tuple(schema.split("(", 1)[0] for stem in schemas.SCHEMAS.values() for schema in stem.OPS)
@@ -193,7 +204,7 @@ def _jit(wanted: build.Job) -> _Found:
         return _Found("jit", entry.library(), "built before, found in the cache")
     if wanted.compilers is None:
         raise build.no_compiler(wanted)
-    return _Found("jit", None, f"not built yet: the first use builds it with {wanted.compilers[-1].headline}")
+    return _Found("jit", None, f"not built yet: the first use builds it with {wanted.compilers[-1].command[0]}")
 
 
 def _opened_prebuilt(device: str, mode: str) -> _Found | None:

@@ -46,8 +46,9 @@ class Compiler:
 
     @property
     def headline(self) -> str:
-        """For people: the command and the first line of the version."""
-        return f"{shlex.join(self.command)} ({self.version.splitlines()[0] if self.version else 'version unknown'})"
+        """For people: the command and the line of the version that has a number in it."""
+        numbered = [line for line in self.version.splitlines() if re.search(r"\d\.\d", line)]
+        return f"{shlex.join(self.command)}: {numbered[0] if numbered else 'version unknown'}"
 
     @property
     def host_program(self) -> str:
