@@ -182,10 +182,12 @@ def _build(job: Job, entry: cache.Entry, held: bool) -> None:
 def _steps(job: Job, cxx: Compiler) -> tuple[list[runner.Step], runner.Step]:
     spec, paths = job.spec, job.paths()
     driver: tuple[str, ...] = cxx.command
+    paths_in_text = f"-ffile-prefix-map={spec.root}=csrc"  # a wheel says nothing of the machine that built it
     if spec.device == "cuda":  # nvcc also compiles the plain .cpp bindings: it knows where its own headers are
         assert job.nvcc is not None
         driver = (*job.nvcc.command, "-ccbin", cxx.host_program)
-    seen = ("-I", str(spec.root), *(word for path in paths.include for word in ("-isystem", path)))
+        paths_in_text = f"-Xcompiler={paths_in_text}"
+    seen = (paths_in_text, "-I", str(spec.root), *(word for path in paths.include for word in ("-isystem", path)))
     objects = []
     for unit in spec.units:
         source = str(spec.root / unit.source)
