@@ -1,2 +1,45 @@
-"""deepcore: a training engine for PyTorch."""
+"""Owns the public names of deepcore, a training engine for PyTorch, each imported at its first use.
+
+Importing it starts nothing: no device, no compiler, no process group, no config library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepcore import comm as comm
+    from deepcore.comm.setup import init_distributed as init_distributed
+    from deepcore.config.arguments import add_config_arguments as add_config_arguments
+    from deepcore.engine.data import RepeatingLoader as RepeatingLoader
+    from deepcore.engine.engine import Engine as Engine
+    from deepcore.front_door import initialize as initialize
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "initialize": "deepcore.front_door",
+    "init_distributed": "deepcore.comm.setup",
+    "add_config_arguments": "deepcore.config.arguments",
+    "Engine": "deepcore.engine.engine",
+    "RepeatingLoader": "deepcore.engine.data",
+}
+_SUBPACKAGES = ("comm", "config", "errors", "ops", "optim")
+
+__all__ = ["__version__", *_HOMES, *_SUBPACKAGES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _SUBPACKAGES:
+        value = importlib.import_module(f"deepcore.{name}")
+    else:
+        raise AttributeError(f"module 'deepcore' has no attribute {name!r}; it has {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,12 +5,15 @@ Knows nothing of gradients or groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from deepcore.ops.reference.segments import flat as memory_of
 
-OPS = {}
-FAKES = {}
+OPS: dict[str, Callable[..., Any]] = {}
+FAKES: dict[str, Callable[..., Any]] = {}
 
 
 def flatten_(flat: torch.Tensor, tensors: list[torch.Tensor], starts: torch.Tensor) -> None:

@@ -1,0 +1,108 @@
+"""Owns the assembly of an engine's parts: policy, groups, optimizer, strategy and core, in that order.
+
+Knows nothing of arguments and files, which ``front_door`` has resolved by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from deepcore.comm.mesh import Mesh
+from deepcore.comm.setup import World
+from deepcore.config import Settings
+from deepcore.engine.clock import Clock
+from deepcore.engine.core import StepSettings, TrainCore
+from deepcore.engine.engine import Engine
+from deepcore.engine.placement import cast_rest, share_weights
+from deepcore.errors import ConfigError
+from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
+from deepcore.precision.policy import PrecisionPolicy
+from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.units import plan_groups
+from deepcore.zero.stage0 import Stage0
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+
+def build_engine(
+    model: torch.nn.Module, client: Any, model_parameters: Iterable[Any] | None, world: World, settings: Settings
+) -> tuple[Engine, torch.optim.Optimizer | None]:
+    """The engine, and the base optimizer that a callable lr_scheduler receives."""
+    mesh = Mesh.build(world)
+    model.to(world.device)
+    policy = policy_from(settings)
+    wanted = collect_groups(model, model_parameters)
+    optimizer, base = make_optimizer(client, settings.optimizer, wanted)
+    groups = _flatten(model, optimizer, policy, mesh, settings)
+    share_weights(model, groups, mesh.zero_axis, world.device)
+    cast_rest(model, groups, policy.param)
+    clock = Clock(
+        micro_batch=settings.train_micro_batch_size_per_gpu,
+        accumulation=settings.gradient_accumulation_steps,
+        world=mesh.dp.size,
+    )
+    if optimizer is None:
+        return Engine(model, None, clock, world, mesh, settings), None
+    overlap = settings.zero_optimization.overlap_comm is not False
+    strategy = Stage0(groups, mesh.zero_axis, policy, overlap=overlap)
+    replicas = 1 if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
+    core = TrainCore(strategy, optimizer, clock, StepSettings(settings.gradient_clipping, replicas))
+    engine = Engine(model, core, clock, world, mesh, settings)
+    params = {name: param for group in groups for name, param in zip(group.names, group.params, strict=True)}
+    optimizer.bind(strategy.arena, params, engine.full_step)
+    strategy.attach()
+    return engine, base
+
+
+def policy_from(settings: Settings) -> PrecisionPolicy:
+    """The dtypes that the config asks for."""
+    low = torch.bfloat16 if settings.bf16.enabled else None
+    return PrecisionPolicy(
+        param=low,
+        master=torch.float32 if low else None,
+        accumulate=_dtype(settings.data_types.grad_accum_dtype),
+        reduce=_dtype(settings.communication_data_type),
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else _DTYPES[name]
+
+
+def _flatten(
+    model: torch.nn.Module,
+    optimizer: EngineOptimizer | None,
+    policy: PrecisionPolicy,
+    mesh: Mesh,
+    settings: Settings,
+) -> list[FlatGroup]:
+    """Flat groups of the parameters that the optimizer trains, holding the model's values."""
+    if optimizer is None:
+        return []
+    require_ours(model, optimizer.param_groups)
+    chosen = {param for group in optimizer.param_groups for param in group["params"]}
+    named = [(name, param) for name, param in model.named_parameters() if param in chosen and param.requires_grad]
+    if not named:
+        raise ConfigError(
+            "the model has no trainable parameter",
+            got=f"{sum(1 for _ in model.parameters())} parameters, none that requires grad and is in the optimizer",
+            expected="at least one parameter with requires_grad=True",
+            do="unfreeze a part of the model, or initialize() without an optimizer to evaluate only",
+        )
+    axis = mesh.zero_axis
+    bound = settings.zero_optimization.reduce_bucket_size
+    plans = plan_groups(named, axis=axis.name, param_dtype=policy.param, max_numel=bound)
+    groups = [FlatGroup(plan, num_shards=1) for plan in plans]
+    for group in groups:
+        group.adopt()
+    return groups

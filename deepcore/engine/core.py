@@ -1,0 +1,177 @@
+"""Owns one training step from loss to new weights; every engine drives one of these.
+
+Knows nothing of data, configs or which ZeRO stage is active.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepcore.engine.clock import Clock
+from deepcore.engine.report import StepReport
+from deepcore.errors import UsageError
+from deepcore.optim.clip import judge
+from deepcore.optim.factory import EngineOptimizer
+from deepcore.precision.policy import LOW_PRECISION
+from deepcore.zero.strategy import ZeroStrategy
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What of the config the core itself needs.
+
+    Attributes:
+        max_norm: clipping threshold of the global gradient norm; 0 is off.
+        num_replicas: what the summed gradient is divided by: the ranks it is averaged over, 1 to sum.
+    """
+
+    max_norm: float
+    num_replicas: int
+
+
+class TrainCore:
+    """Backward and step over a strategy and an optimizer.
+
+    A window is the backward passes between two optimizer steps.
+    """
+
+    def __init__(
+        self, strategy: ZeroStrategy, optimizer: EngineOptimizer, clock: Clock, settings: StepSettings
+    ) -> None:
+        self.strategy, self.optimizer, self.clock, self.settings = strategy, optimizer, clock, settings
+        self.last_report: StepReport | None = None
+        self.fresh_report: StepReport | None = None  # of a step that the engine has not accounted for yet
+        self._backwards = 0  # in this window
+        self._hold = False
+        self._dead: str | None = None
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward pass happened since the last step."""
+        return self._backwards > 0
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only accumulate; the next one outside, or the step, reduces them all."""
+        earlier, self._hold = self._hold, True
+        try:
+            yield
+        finally:
+            self._hold = earlier
+
+    @property
+    def holds(self) -> bool:
+        return self._hold
+
+    def backward(self, loss: torch.Tensor, *, divide: bool, retain_graph: bool) -> None:
+        """Run autograd from ``loss`` (one element), and reduce at a boundary."""
+        self.require_alive()
+        accumulation = self.clock.accumulation if divide else 1
+        seed, rest = split_divisor(accumulation, self.settings.num_replicas, loss.dtype)
+        reduce = self.clock.is_boundary() and not self._hold
+        done = False
+        try:
+            self.strategy.set_divisor(rest)
+            self.strategy.begin_backward(reduce)
+            torch.autograd.backward(loss, torch.full_like(loss, seed), retain_graph=retain_graph)
+            self.strategy.finish_backward()
+            done = True
+        finally:
+            if not done:
+                self._abandon()
+        self._backwards += 1
+
+    def _abandon(self) -> None:
+        self._backwards = 0
+        if not self.strategy.abandon():
+            self._dead = "an error in backward left collectives half done on this rank"
+
+    def optimizer_step(self) -> None:
+        """A full step: reduce what is unreduced, judge the gradients, update, publish, end the window."""
+        self.require_alive()
+        if not self._backwards:
+            raise UsageError(
+                "step() without gradients",
+                got="no backward since the last step",
+                expected="engine.backward(loss) first",
+                do="call engine.backward(loss) before engine.step() or optimizer.step()",
+            )
+        assert self.fresh_report is None, "the engine settles the last step before the next"
+        self.strategy.make_boundary()
+        batches = self.strategy.arena.batches
+        with torch.no_grad():
+            verdict = judge(batches, max_norm=self.settings.max_norm, unscale=1.0)
+            self.optimizer.update(verdict.grad_scale, verdict.skip)
+            self.strategy.publish()
+        self.last_report = self.fresh_report = StepReport(verdict, batches)
+        self.clear()
+        self.clock.tick_step()
+
+    def settle(self) -> StepReport | None:
+        """The report of a step not yet accounted for, once: the caller advances what depends on it."""
+        report, self.fresh_report = self.fresh_report, None
+        if report is not None and not report.applied:
+            self.clock.skipped_steps += 1
+        return report
+
+    def clear(self) -> None:
+        """Drop all gradients of the window."""
+        self._backwards = 0
+        self.strategy.clear()
+
+    def kill(self, reason: str) -> None:
+        """Refuse all further work, with this reason."""
+        self._dead = reason
+
+    def require_alive(self) -> None:
+        if self._dead is not None:
+            raise UsageError(
+                "this engine cannot train any more",
+                got=self._dead,
+                expected="a live engine",
+                do="build a new one with deepcore.initialize() and load a checkpoint",
+            )
+
+
+def split_divisor(accumulation: int, replicas: int, loss_dtype: torch.dtype) -> tuple[float, float]:
+    """(seed, rest): backward starts from ``seed`` and the reduced sum is divided by ``rest``.
+
+    Together they divide by accumulation * replicas. The replicas' power of two rides on the seed, where it rounds
+    nothing; what is left (1 <= rest < 2 for each) divides the sum once. The accumulation rides on the seed of an
+    fp32 loss as ``(loss / accumulation).backward()`` would have it; a 16-bit seed of 1/3 would be 0.2% off, so there
+    it is split like the replicas.
+    """
+    if loss_dtype not in LOW_PRECISION:
+        seed, rest = split_divisor(1, replicas, torch.bfloat16)
+        return seed / accumulation, rest
+    divisor = accumulation * replicas
+    seed = math.ldexp(1.0, 1 - math.frexp(divisor)[1])  # 2^-floor(log2(divisor))
+    return seed, divisor * seed
+
+
+def require_loss(loss: Any) -> torch.Tensor:
+    """Raise unless ``loss`` is a tensor of one element that depends on trainable parameters."""
+    expected = "a scalar tensor computed from the engine's outputs"
+    if not isinstance(loss, torch.Tensor):
+        raise UsageError("backward needs a tensor", got=type(loss).__name__, expected=expected, do="pass the loss")
+    if not loss.requires_grad:
+        raise UsageError(
+            "backward on a tensor that does not require grad",
+            got=f"{tuple(loss.shape)} {loss.dtype}, detached or computed under no_grad",
+            expected=expected,
+            do="compute the loss outside torch.no_grad(), and check that the model has trainable parameters",
+        )
+    if loss.numel() != 1:
+        raise UsageError(
+            "backward needs one number",
+            got=f"a tensor of shape {tuple(loss.shape)}",
+            expected=expected,
+            do="reduce it first, for example loss.mean()",
+        )
+    return loss

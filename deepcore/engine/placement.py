@@ -1,0 +1,84 @@
+"""Owns the placing of a model on its rank: device, dtype, and one truth on all ranks by broadcast.
+
+Knows nothing of training; trainable parameters are already in flat groups when it sees them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from deepcore.comm.mesh import Axis
+from deepcore.errors import CommError
+from deepcore.sharding.group import FlatGroup
+
+
+def share_weights(module: torch.nn.Module, groups: Sequence[FlatGroup], axis: Axis, device: torch.device) -> None:
+    """Give every rank of ``axis`` the first one's parameters and buffers."""
+    if axis.size == 1:
+        return
+    require_same_model(module, axis, device)
+    works = [axis.broadcast(group.full) for group in groups]
+    grouped = {param for group in groups for param in group.params}
+    rest = [param.data for param in module.parameters() if param not in grouped]
+    for tensors in _by_dtype([*rest, *module.buffers()]):
+        starts = torch.tensor([0, *(t.numel() for t in tensors[:-1])]).cumsum(0)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        axis.broadcast(flat).wait()
+        for tensor, start in zip(tensors, starts.tolist(), strict=True):
+            tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
+    for work in works:
+        work.wait()
+
+
+def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            kinds.setdefault(tensor.dtype, []).append(tensor)
+    return list(kinds.values())
+
+
+def cast_rest(module: torch.nn.Module, groups: Sequence[FlatGroup], dtype: torch.dtype | None) -> None:
+    """Cast floating-point parameters outside the groups (frozen ones); buffers keep the dtype they came in."""
+    grouped = {param for group in groups for param in group.params}
+    for param in module.parameters():
+        if dtype is not None and param not in grouped and param.is_floating_point():
+            param.data = param.data.to(dtype)
+
+
+def require_same_model(module: torch.nn.Module, axis: Axis, device: torch.device) -> None:
+    """Raise on every rank if names, shapes, dtypes or trainability differ between ranks."""
+    lines = [
+        f"{name} {tuple(tensor.shape)} {tensor.dtype} {'trainable' if tensor.requires_grad else 'fixed'}"
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    ]
+    text = "\n".join(lines).encode()
+    digests = _gather_bytes(hashlib.sha256(text).digest(), axis, device)
+    if len(set(digests)) == 1:
+        return
+    everyone = [part.decode().split("\n") for part in _gather_bytes(text, axis, device)]
+    rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    first, theirs = everyone[0], everyone[rank]
+    missing = [f"- {line}" for line in first if line not in set(theirs)][:5]
+    added = [f"+ {line}" for line in theirs if line not in set(first)][:5]
+    raise CommError(
+        f"the model on rank {axis.ranks[rank]} is not the model on rank {axis.ranks[0]}",
+        got="; ".join([*added, *missing]) or "the same tensors in another order",
+        expected="the same parameters and buffers, in the same order, on every rank",
+        do="build the model from the same code and config on every rank",
+    )
+
+
+def _gather_bytes(data: bytes, axis: Axis, device: torch.device) -> list[bytes]:
+    """Every rank's bytes, in the order of the axis."""
+    sizes = torch.empty(axis.size, dtype=torch.int64, device=device)
+    axis.all_gather_into(sizes, torch.tensor([len(data)], device=device)).wait()
+    longest = int(sizes.max())
+    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
+    parts = torch.empty(axis.size * longest, dtype=torch.uint8, device=device)
+    axis.all_gather_into(parts, padded).wait()
+    rows = parts.view(axis.size, longest)
+    return [bytes(row[:size].tolist()) for row, size in zip(rows, sizes.tolist(), strict=True)]

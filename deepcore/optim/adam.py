@@ -1,0 +1,105 @@
+"""Owns FusedAdam: Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019) in one pass over memory.
+
+Knows nothing of the formula itself, which lives with the ``adam`` op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from deepcore.errors import ConfigError
+from deepcore.ops import load
+from deepcore.optim.segment_optimizer import SegmentOptimizer
+from deepcore.sharding.segments import SegmentBatch
+
+
+class FusedAdam(SegmentOptimizer):
+    """Adam with decoupled (AdamW) or L2 weight decay.
+
+    A ``torch.optim.Optimizer`` for any training loop; under a deepcore engine the same kernel updates shards.
+    Parameters and gradients may be fp32, bf16 or fp16; state is fp32.
+
+    Args:
+        params: iterable of parameters or of param_group dicts.
+        lr: learning rate.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator after the square root.
+        weight_decay: decay coefficient.
+        adam_w_mode: True for decoupled decay (AdamW), False for L2 (Adam).
+        bias_correction: whether moments are corrected for their start at zero.
+
+    Raises:
+        ConfigError: a hyperparameter is out of range.
+    """
+
+    STATE = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "adam_w_mode": adam_w_mode,
+            "bias_correction": bias_correction,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            _require_valid(group)
+        for device in {param.device.type for group in self.param_groups for param in group["params"]}:
+            load(device)
+
+    def hyper_row(self, group: Mapping[str, Any]) -> list[float]:
+        beta1, beta2 = group["betas"]
+        return [
+            float(group["lr"]),
+            float(beta1),
+            float(beta2),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            float(group["adam_w_mode"]),
+            float(group["bias_correction"]),
+            0.0,
+        ]
+
+    def launch(self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
+        torch.ops.deepcore.adam_(
+            batch.params,
+            batch.grads,
+            batch.states["exp_avg"],
+            batch.states["exp_avg_sq"],
+            batch.copies,
+            batch.table.rows,
+            batch.table.chunk_offsets,
+            hyper,
+            batch.steps,
+            batch.active,
+            grad_scale,
+            skip,
+        )
+
+
+def _require_valid(group: Mapping[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    checks = {
+        "lr": (group["lr"], 0 <= float(group["lr"]) < float("inf"), "a finite number >= 0"),
+        "betas": (group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
+        "eps": (group["eps"], group["eps"] >= 0, "a number >= 0"),
+        "weight_decay": (group["weight_decay"], group["weight_decay"] >= 0, "a number >= 0"),
+    }
+    for name, (given, valid, expected) in checks.items():
+        if not valid:
+            raise ConfigError(f"{name} is out of range", got=repr(given), expected=expected, do=f"correct {name}")

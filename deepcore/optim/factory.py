@@ -1,0 +1,154 @@
+"""Owns the way from what the user named (a config section, an object or a callable) to an optimizer.
+
+Knows nothing of engines: what it returns is bound later.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from deepcore.errors import ConfigError
+from deepcore.optim.adam import FusedAdam
+from deepcore.optim.client import ClientOptimizer
+from deepcore.optim.segment_optimizer import SegmentOptimizer
+
+ParamGroups = list[dict[str, Any]]
+EngineOptimizer = SegmentOptimizer | ClientOptimizer
+
+_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction")
+
+
+def collect_groups(module: torch.nn.Module, model_parameters: Iterable[Any] | None) -> ParamGroups:
+    """The param_groups to optimize: the given parameters or group dicts, else all that are trainable.
+
+    Raises:
+        ConfigError: a parameter is not the model's, or stands in two groups.
+    """
+    given: list[Any] = list(model_parameters) if model_parameters is not None else list(module.parameters())
+    if any(isinstance(item, dict) for item in given):
+        groups = [{**group, "params": _as_list(group["params"])} for group in given]
+    else:
+        groups = [{"params": given}]
+    for group in groups:
+        group["params"] = [param for param in group["params"] if param.requires_grad]
+    groups = [group for group in groups if group["params"]]
+    require_ours(module, groups)
+    return groups
+
+
+def _as_list(params: Any) -> list[torch.nn.Parameter]:
+    return [params] if isinstance(params, torch.nn.Parameter) else list(params)
+
+
+def require_ours(module: torch.nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise unless every parameter belongs to ``module`` and stands in one group only."""
+    names = {param: name for name, param in module.named_parameters()}
+    seen: set[torch.Tensor] = set()
+    for index, group in enumerate(groups):
+        for param in group["params"]:
+            if param not in names:
+                raise ConfigError(
+                    "the optimizer holds a parameter that is not the model's",
+                    got=f"a parameter of shape {tuple(param.shape)} in param_group {index}",
+                    expected="parameters of the model given to initialize()",
+                    do="build the optimizer from this model's parameters(), before any copy or move of the model",
+                )
+            if param in seen:
+                raise ConfigError(
+                    f"parameter '{names[param]}' stands in more than one param_group",
+                    got=f"a second time in param_group {index}",
+                    expected="each parameter once",
+                    do="remove it from one of the groups",
+                )
+            seen.add(param)
+
+
+def make_optimizer(
+    client: Optimizer | Callable[[Any], Optimizer] | None, section: Any, groups: ParamGroups
+) -> tuple[EngineOptimizer | None, Optimizer | None]:
+    """The optimizer for the engine, and the base one that a callable lr_scheduler receives.
+
+    Args:
+        client: what the user passed as ``optimizer``; wins over the config.
+        section: the config's optimizer section (``type``, ``params``), or None.
+        groups: the parameters, for a callable or the config.
+    """
+    if client is None and section is None:
+        return None, None
+    if client is None:
+        base = _from_config(section.type, dict(section.params), groups)
+    elif isinstance(client, Optimizer):
+        base = client
+    elif callable(client):
+        base = client(groups)
+    else:
+        raise ConfigError(
+            "optimizer is neither an optimizer nor a callable",
+            got=type(client).__name__,
+            expected="a torch.optim.Optimizer, or a callable that takes parameters and returns one",
+            do="pass one of them, or name one in the config's optimizer section",
+        )
+    if not isinstance(base, Optimizer):
+        raise ConfigError(
+            "the optimizer callable returned something else",
+            got=type(base).__name__,
+            expected="a torch.optim.Optimizer",
+            do="return the optimizer from the callable",
+        )
+    if isinstance(base, SegmentOptimizer | ClientOptimizer):
+        return base, base
+    return ClientOptimizer(base), base
+
+
+def _from_config(name: str, params: dict[str, Any], groups: ParamGroups) -> Optimizer:
+    if name.lower() in ("adam", "adamw"):
+        return _adam(name.lower() == "adamw", params, groups)
+    found = getattr(torch.optim, name, None)
+    if not (inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer):
+        known = ["Adam", "AdamW", *sorted(n for n in dir(torch.optim) if n[0].isupper() and n != "Optimizer")]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            "the config names an unknown optimizer",
+            got=f"optimizer.type = {name!r}",
+            expected=f"one of {', '.join(dict.fromkeys(known))}",
+            do=f"did you mean {near[0]!r}?" if near else "pass your own optimizer to initialize(optimizer=...)",
+        )
+    _require_accepted(name, params, inspect.signature(found).parameters)
+    return found(groups, **params)
+
+
+def _adam(decoupled: bool, params: dict[str, Any], groups: ParamGroups) -> Optimizer:
+    if params.pop("torch_adam", False):
+        params.pop("adam_w_mode", None)
+        return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, **params)
+    if params.pop("amsgrad", False):
+        raise ConfigError(
+            "the fused Adam has no AMSGrad variant",
+            got="optimizer.params.amsgrad = true",
+            expected="amsgrad false",
+            do='add "torch_adam": true to optimizer.params to use torch.optim\'s',
+        )
+    decoupled = bool(params.pop("adam_w_mode", decoupled))
+    _require_accepted("Adam", params, _ADAM_KEYS)
+    if "betas" in params:
+        params["betas"] = tuple(params["betas"])
+    return FusedAdam(groups, **params, adam_w_mode=decoupled)
+
+
+def _require_accepted(name: str, params: Mapping[str, Any], accepted: Iterable[str]) -> None:
+    accepted = [key for key in accepted if key != "params"]
+    for key in params:
+        if key not in accepted:
+            near = difflib.get_close_matches(key, accepted, n=1)
+            raise ConfigError(
+                f"optimizer {name} takes no parameter '{key}'",
+                got=f"optimizer.params.{key}",
+                expected=", ".join(accepted),
+                do=f"did you mean '{near[0]}'?" if near else "remove it",
+            )

@@ -1,0 +1,134 @@
+"""Owns the batches of an optimizer that works alone, on ordinary parameters with ordinary ``p.grad``.
+
+Knows nothing of formulas or engines. Any strides, any mix of dtypes and devices, gradients that come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from deepcore.errors import UsageError
+from deepcore.sharding.layout import is_dense
+from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
+
+_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
+_Kind = tuple[torch.device, torch.dtype, torch.dtype]
+_Member = tuple[torch.Tensor, int]  # parameter, index of its group
+
+
+class PlainBatches:
+    """Groups parameters that have a gradient by device and dtypes; tables are kept while the members stay."""
+
+    def __init__(self, state_names: Sequence[str]) -> None:
+        self._state_names = tuple(state_names)
+        self._cache: dict[_Kind, tuple[list[_Member], SegmentBatch]] = {}
+
+    def batches(
+        self, param_groups: Sequence[Mapping[str, Any]], state: dict[torch.Tensor, Any]
+    ) -> Iterator[tuple[SegmentBatch, Callable[[], None]]]:
+        """Yield each batch with a call that writes copies of gapped parameters back after the launch."""
+        members: dict[_Kind, list[_Member]] = {}
+        for index, group in enumerate(param_groups):
+            for param in group["params"]:
+                if param.grad is not None:
+                    kind = (param.device, param.dtype, _gradient_dtype(param))
+                    members.setdefault(kind, []).append((param, index))
+        for kind, chosen in members.items():
+            batch = self._batch(kind, chosen, state)
+            weights = [param.detach() for param, _ in chosen]
+            batch.params = [weight if _dense(weight) else weight.contiguous() for weight in weights]
+            batch.grads = [
+                _in_order_of(param.grad, weight) for (param, _), weight in zip(chosen, batch.params, strict=True)
+            ]
+            gapped = [pair for pair in zip(weights, batch.params, strict=True) if pair[0] is not pair[1]]
+            yield batch, _WriteBack(gapped)
+
+    def _batch(self, kind: _Kind, chosen: list[_Member], state: dict[torch.Tensor, Any]) -> SegmentBatch:
+        cached = self._cache.get(kind)
+        if cached is not None and _same(cached[0], chosen) and self._intact(cached, state):
+            return cached[1]
+        for param, _ in chosen:
+            if not state[param]:
+                state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                for name in self._state_names:
+                    state[param][name] = _like(param, torch.float32)
+        segments = [Segment("", i, 0, param.numel(), group) for i, (param, group) in enumerate(chosen)]
+        batch = SegmentBatch(
+            params=[],
+            grads=[],
+            copies=[],
+            table=SegmentTable(segments, len(chosen), kind[0]),
+            steps=torch.stack([state[param]["step"].to(kind[0], torch.float32).reshape(()) for param, _ in chosen]),
+            active=torch.ones(len(chosen), dtype=torch.uint8, device=kind[0]),
+        )
+        for index, (param, _) in enumerate(chosen):
+            state[param]["step"] = batch.steps[index]
+        for name in self._state_names:
+            batch.states[name] = [_fp32_state(state[param], name, param) for param, _ in chosen]
+        self._cache[kind] = (list(chosen), batch)
+        return batch
+
+    def _intact(self, cached: tuple[list[_Member], SegmentBatch], state: dict[torch.Tensor, Any]) -> bool:
+        """Whether nobody replaced the state since: another batch may have taken a parameter over meanwhile."""
+        members, batch = cached
+        start = batch.steps.data_ptr()
+        return all(
+            state[param]["step"].data_ptr() == start + 4 * index
+            and all(state[param][name] is batch.states[name][index] for name in self._state_names)
+            for index, (param, _) in enumerate(members)
+        )
+
+
+class _WriteBack:
+    def __init__(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._pairs = pairs
+
+    def __call__(self) -> None:
+        for weight, dense in self._pairs:
+            weight.copy_(dense)
+
+
+def _same(left: list[_Member], right: list[_Member]) -> bool:
+    return len(left) == len(right) and all(a is b and i == j for (a, i), (b, j) in zip(left, right, strict=True))
+
+
+def _gradient_dtype(param: torch.Tensor) -> torch.dtype:
+    grad = param.grad
+    assert grad is not None
+    if param.dtype not in _TRAINABLE or grad.dtype not in _TRAINABLE or grad.layout is not torch.strided:
+        raise UsageError(
+            "a fused optimizer was given a parameter or gradient that it cannot update",
+            got=f"parameter {param.dtype} of shape {tuple(param.shape)}, gradient {grad.dtype}, {grad.layout}",
+            expected=f"dense tensors of {', '.join(str(dtype) for dtype in _TRAINABLE)}",
+            do="give such parameters to an optimizer of torch.optim",
+        )
+    return grad.dtype
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride())
+
+
+def _like(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def _fp32_state(state: dict[str, Any], name: str, param: torch.Tensor) -> torch.Tensor:
+    """The state tensor in fp32 and in the memory order of the parameter, replaced where it is not."""
+    stride = param.stride() if _dense(param) else param.contiguous().stride()
+    held = state[name]
+    if held.dtype != torch.float32 or held.stride() != stride or held.device != param.device:
+        fixed = torch.empty_strided(param.shape, stride, dtype=torch.float32, device=param.device)
+        state[name] = fixed.copy_(held)
+    tensor: torch.Tensor = state[name]
+    return tensor
+
+
+def _in_order_of(grad: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    assert grad is not None
+    if grad.stride() == weight.stride():
+        return grad.detach()
+    return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)

@@ -1,0 +1,95 @@
+"""Owns every autograd hook: it counts the gradients of each group and says when a group is complete.
+
+Knows nothing of what is done with a complete group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from deepcore.errors import UsageError
+from deepcore.sharding.group import FlatGroup
+
+
+class GradientHooks:
+    """Calls ``on_ready(k)`` for group k as soon as all its gradients of one backward have arrived.
+
+    Groups become ready strictly in descending order of their number (the order in which backward usually
+    meets them), so that every rank sees one order whatever branches it took. Groups that backward leaves
+    incomplete are the caller's to close, by ``close``.
+
+    The first backward is watched, not hurried: a parameter whose gradient arrives twice in one backward (a
+    shared weight under reentrant checkpointing) makes its group wait for ``close`` from then on.
+    """
+
+    def __init__(self, groups: Sequence[FlatGroup], on_ready: Callable[[int], None], eager: bool) -> None:
+        self._groups = groups
+        self._on_ready = on_ready
+        self._eager = eager
+        self._watching = True
+        self._waits_for_close = [False] * len(groups)
+        self._arrived: list[set[int]] = [set() for _ in groups]
+        self._next = -1
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Install one hook per parameter."""
+        for number, group in enumerate(self._groups):
+            for index, param in enumerate(group.params):
+                self._handles.append(param.register_post_accumulate_grad_hook(self._make_hook(number, index)))
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, reduce: bool) -> None:
+        """Start counting a backward; groups are announced only if it is one that ends in a reduction."""
+        for arrived in self._arrived:
+            arrived.clear()
+        self._next = len(self._groups) - 1
+        self._hurry = reduce and self._eager and not self._watching
+
+    def close(self) -> None:
+        """End a reducing backward: announce the groups that are left, in order."""
+        self._watching = False
+        while self._next >= 0:
+            self._announce()
+
+    def _announce(self) -> None:
+        number = self._next
+        self._next -= 1
+        self._on_ready(number)
+
+    def _make_hook(self, number: int, index: int) -> Callable[[torch.Tensor], None]:
+        arrived = self._arrived[number]
+        total = len(self._groups[number].params)
+
+        def hook(param: torch.Tensor) -> None:
+            if index in arrived:
+                self._arrived_again(number, index)
+            arrived.add(index)
+            if self._hurry and number == self._next and len(arrived) == total:
+                self._announce_complete()
+
+        return hook
+
+    def _announce_complete(self) -> None:
+        while self._next >= 0 and not self._waits_for_close[self._next]:
+            if len(self._arrived[self._next]) < len(self._groups[self._next].params):
+                return
+            self._announce()
+
+    def _arrived_again(self, number: int, index: int) -> None:
+        self._waits_for_close[number] = True
+        if number > self._next:
+            raise UsageError(
+                f"a second gradient of '{self._groups[number].names[index]}' arrived after its group was reduced",
+                got="a backward that reaches one parameter twice, in another pattern than the first backward did",
+                expected="the same pattern of shared weights under reentrant checkpointing in every backward",
+                do='set "zero_optimization": {"overlap_comm": false}, or checkpoint with use_reentrant=False',
+            )

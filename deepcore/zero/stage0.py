@@ -1,0 +1,128 @@
+"""Owns stage 0: every rank holds all weights, gradients and state; gradients are summed at the boundary.
+
+Knows nothing of the optimizer's formula or of loss scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepcore.comm.mesh import Axis
+from deepcore.precision.policy import PrecisionPolicy
+from deepcore.sharding.arena import ShardArena
+from deepcore.sharding.gradients import GroupGradients
+from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.reducer import GradReducer
+from deepcore.zero.hooks import GradientHooks
+from deepcore.zero.strategy import ZeroStrategy
+
+
+class Stage0(ZeroStrategy):
+    """Plain data parallelism over flat groups.
+
+    After the boundary's backward, ``p.grad`` is the gradient summed over ranks, or None where no rank had one.
+    A further backward in the same window (a second loss) is reduced by itself and added.
+    """
+
+    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, policy: PrecisionPolicy, *, overlap: bool) -> None:
+        self.groups = list(groups)
+        self.arena = ShardArena(self.groups, 0, policy)
+        self._policy = policy
+        self._axis = axis
+        self._reducer = GradReducer(axis)
+        self._hooks = GradientHooks(self.groups, self._group_ready, eager=overlap)
+        self._sums = [GroupGradients(group, flat) for group, flat in zip(self.groups, self.arena.grads, strict=True)]
+        self._extras: list[GroupGradients] = []  # gradients of a second backward after the reduction
+        self._reduced = False
+        self._unreduced = False
+        self._reducing = False
+        self._divisor = 1.0
+
+    def attach(self) -> None:
+        self._hooks.attach()
+
+    def detach(self) -> None:
+        self._hooks.detach()
+
+    @property
+    def _current(self) -> list[GroupGradients]:
+        return self._extras or self._sums
+
+    def begin_backward(self, reduce: bool) -> None:
+        if self._reduced and not self._extras:
+            self._extras = [GroupGradients(total.group, torch.zeros_like(total.flat)) for total in self._sums]
+            for total in self._sums:
+                total.hide()
+        self._reducing = reduce
+        self._hooks.begin(reduce)
+
+    def set_divisor(self, divisor: float) -> None:
+        if self._unreduced and divisor != self._divisor:
+            for gradients in self._current:
+                gradients.flat.mul_(divisor / self._divisor)
+        self._divisor = divisor
+
+    def finish_backward(self) -> None:
+        self._unreduced = True
+        if self._reducing:
+            self._hooks.close()
+            self._complete()
+        else:
+            for gradients in self._current:
+                gradients.fold()
+
+    def make_boundary(self) -> None:
+        if self._unreduced:
+            for number in reversed(range(len(self.groups))):
+                self._group_ready(number)
+            self._complete()
+
+    def _group_ready(self, number: int) -> None:
+        gradients = self._current[number]
+        gradients.fold()
+        gradients.zero_dead()
+        self._reducer.launch(gradients.flat, self._policy.reduce_of(gradients.group.key.dtype))
+
+    def _complete(self) -> None:
+        """Agree on which parameters were used by any rank, wait for the sums, and add those of extra passes."""
+        live = [flag for gradients in self._current for flag in gradients.live]
+        used = torch.tensor(live, dtype=torch.uint8).to(self.arena.device)
+        agreement = self._axis.all_reduce(used, op="max")
+        self._reducer.drain()
+        agreement.wait()
+        if self._divisor != 1.0:
+            for gradients in self._current:
+                gradients.flat.div_(self._divisor)
+        for total, extra in zip(self._sums, self._extras, strict=False):
+            total.flat.add_(extra.flat)
+            total.live = [a or b for a, b in zip(total.live, extra.live, strict=True)]
+        self.arena.usage = torch.maximum(self.arena.usage, used) if self._extras else used
+        self.arena.activate()
+        self._extras = []
+        self._reduced, self._unreduced, self._reducing = True, False, False
+        self._expose()
+
+    def _expose(self) -> None:
+        """Show the sums in ``p.grad``: on the CPU also those that only other ranks contributed to."""
+        if self.arena.device.type == "cpu" and self._axis.size > 1:  # elsewhere a look would stall the device
+            used = iter(self.arena.usage.tolist())
+            for total in self._sums:
+                total.live = [bool(next(used)) for _ in total.live]
+        for total in self._sums:
+            total.show()
+
+    def abandon(self) -> bool:
+        untouched = not self._reducer.in_flight
+        self.clear()
+        return untouched
+
+    def publish(self) -> None:
+        """Nothing to bring up to date: the update wrote every weight on every rank."""
+
+    def clear(self) -> None:
+        self._extras = []
+        self._reduced = self._unreduced = self._reducing = False
+        for total in self._sums:
+            total.clear()
