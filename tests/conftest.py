@@ -1,0 +1,40 @@
+"""Owns the fixtures that tests of every folder share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[Any]]:
+    """``ranks(world_size, fn, *args, **options)``: run ``fn`` on ranks of the pool; see tests/dist/pool.py."""
+    from tests.dist.pool import run_ranks
+
+    return run_ranks
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "hostile"])
+def hostile(request: pytest.FixtureRequest) -> bool:
+    """False, then True: pass it to ``ranks`` and the test also runs under the hostile double of the collectives."""
+    return bool(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _no_world_left() -> Iterator[None]:
+    """A world of one that a test formed in this process ends with the test."""
+    yield
+    setup = sys.modules.get("deepcore.comm.setup")
+    if setup is not None:
+        setup.destroy()
+
+
+def pytest_configure() -> None:
+    """Tests start from the environment of a plain shell, even inside a launcher's job."""
+    for name in list(os.environ):
+        if name in ("RANK", "WORLD_SIZE") or name.startswith(("LOCAL_", "MASTER_", "OMPI_", "SLURM_", "TORCHELASTIC_")):
+            del os.environ[name]
