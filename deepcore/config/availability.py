@@ -20,6 +20,7 @@ class Unbuilt(NamedTuple):
     key: str
     asks: Callable[[Any], bool]
     instead: str
+    unless: str = ""  # a dotted key that, when on, has the request served by other means
 
 
 def _on(value: Any) -> bool:
@@ -46,10 +47,6 @@ def _among(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value in values
 
 
-def _fused_amsgrad(params: dict[str, Any]) -> bool:
-    return bool(params.get("amsgrad")) and not params.get("torch_adam")
-
-
 _FP32 = "fp32 and bf16 (with fp32 masters) train today"
 _REMOVE = "remove it"
 UNBUILT: tuple[Unbuilt, ...] = (
@@ -68,7 +65,12 @@ UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt("managed_gradient_accumulation", _off, "use engine.no_sync() or set_gradient_accumulation_boundary()"),
     Unbuilt("deterministic", _on, "one rank is deterministic; remove it"),
     Unbuilt("optimizer.type", _among(*PLANNED_OPTIMIZERS), "use Adam, AdamW, or a class of torch.optim by its name"),
-    Unbuilt("optimizer.params", _fused_amsgrad, 'add "torch_adam": true, and torch\'s own class keeps amsgrad'),
+    Unbuilt(
+        "optimizer.params.amsgrad",
+        _on,
+        'add "torch_adam": true: torch\'s own class has it',
+        unless="optimizer.params.torch_adam",
+    ),
     Unbuilt("optimizer.params.fp32_optimizer_states", _off, _REMOVE),
     Unbuilt("sequence_parallel_size", _above(1), "all ranks are data-parallel today"),
     Unbuilt("tensor_parallel.autotp_size", _above(1), "all ranks are data-parallel today"),
@@ -100,7 +102,8 @@ def unavailable(settings: Settings) -> Iterator[tuple[str, Problem]]:
     """Every setting that asks for something not built yet: its dotted key and the problem."""
     for row in UNBUILT:
         value = settings.at(row.key)
-        if value is not None and row.asks(value):
+        served = bool(row.unless) and settings.at(row.unless) is True
+        if value is not None and row.asks(value) and not served:
             yield (
                 row.key,
                 Problem(

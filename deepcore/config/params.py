@@ -51,7 +51,7 @@ def check_optimizer(section: dict[str, Any], ledger: Ledger) -> None:
         _refuse_contradictions(kind, params, ledger)
         _drop_idle(params)
     elif kind not in PLANNED_OPTIMIZERS:
-        section["type"] = _check_torch("optimizer", kind, params, names, ledger)
+        _check_torch("optimizer", section, (*OPTIMIZERS, *PLANNED_OPTIMIZERS), ledger)
 
 
 def check_scheduler(section: dict[str, Any], ledger: Ledger) -> None:
@@ -63,12 +63,14 @@ def check_scheduler(section: dict[str, Any], ledger: Ledger) -> None:
     if kind in SCHEDULES:
         _check_params("scheduler", kind, params, SCHEDULES[kind], ledger)
     else:
-        _check_torch("scheduler", kind, params, SCHEDULES, ledger)
+        _check_torch("scheduler", section, SCHEDULES, ledger)
 
 
 def _spelled(section: dict[str, Any], names: Iterable[str]) -> str:
+    """Gives the type the spelling of a known name that differs only in case; returns it."""
     kind: str = section["type"]
-    section["type"] = {name.casefold(): name for name in names}.get(kind.casefold(), kind)
+    if kind not in names:
+        section["type"] = {name.casefold(): name for name in names}.get(kind.casefold(), kind)
     return str(section["type"])
 
 
@@ -151,19 +153,23 @@ def _fits(kind: Kind, value: Any) -> bool:
     return kind == "number" or bool(0 <= value <= (1 if kind == "fraction" else math.inf))
 
 
-def _check_torch(section: str, kind: str, params: dict[str, Any], ours: Iterable[str], ledger: Ledger) -> str:
-    """Checks a type that is not built in against torch's classes; returns the type."""
-    classes = _torch_classes(section)
-    if kind not in classes:
-        close = nearest(kind, (*ours, *classes))
-        module = "torch.optim" if section == "optimizer" else "torch.optim.lr_scheduler"
-        what = f'{section}.type "{kind}" is not known' + (f'; did you mean "{close}"?' if close else "")
-        expected = f"{', '.join(ours)}, or a class of {module}"
-        argument = "optimizer" if section == "optimizer" else "lr_scheduler"
-        do = f"correct the name, or pass your own object to initialize({argument}=...)"
-        ledger.problems.append(Problem(what, expected=expected, do=do))
-        return kind
-    accepted = list(inspect.signature(classes[kind]).parameters.values())[1:]
+def _check_torch(name: str, section: dict[str, Any], ours: Iterable[str], ledger: Ledger) -> None:
+    """Checks a type that is not built in, and its parameters, against torch's classes."""
+    classes = _torch_classes(name)
+    kind = _spelled(section, classes)
+    if kind in classes:
+        _check_signature(name, kind, section["params"], classes[kind], ledger)
+        return
+    close = nearest(kind, (*ours, *classes))
+    what = f'{name}.type "{kind}" is not known' + (f'; did you mean "{close}"?' if close else "")
+    module = "torch.optim" if name == "optimizer" else "torch.optim.lr_scheduler"
+    argument = "optimizer" if name == "optimizer" else "lr_scheduler"
+    do = f"correct the name, or pass your own object to initialize({argument}=...)"
+    ledger.problems.append(Problem(what, expected=f"{', '.join(ours)}, or a class of {module}", do=do))
+
+
+def _check_signature(section: str, kind: str, params: dict[str, Any], found: type, ledger: Ledger) -> None:
+    accepted = list(inspect.signature(found).parameters.values())[1:]
     required = {p.name for p in accepted if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
     names = [p.name for p in accepted]
     for name, value in list(params.items()):
@@ -176,14 +182,13 @@ def _check_torch(section: str, kind: str, params: dict[str, Any], ours: Iterable
             else:
                 del params[name]
                 ledger.mark(path, "inferred", '"auto": the default of the class')
-        elif name in ("lr", "weight_decay", "momentum", "eps") and not _fits("rates", value):
+        elif name in ("lr", "weight_decay", "momentum") and not _fits("rates", value):
             ledger.problems.append(
                 Problem(f"{path} has a value that it cannot take", got=shown(value), expected=_EXPECTED["rate"])
             )
     for name in sorted(required - set(params)):
         path = f"{section}.params.{name}"
         ledger.problems.append(Problem(f"{path} is required by {kind}", do=f"set {path}"))
-    return kind
 
 
 def _torch_classes(section: str) -> dict[str, type]:

@@ -42,6 +42,7 @@ def parse(
         raise ConfigError(
             "the config is not a dict", got=type(raw).__name__, expected="a dict", do="use deepcore.config.load first"
         )
+    _require_text_keys(raw, "")
     ledger = Ledger()
     settings = _validated(_prepared(raw, world_size, data_parallel_size, ledger), ledger)
     ledger.problems.extend(conflicts(settings))
@@ -53,6 +54,19 @@ def parse(
     ledger.raise_problems()
     settings._ledger = ledger
     return settings
+
+
+def _require_text_keys(tree: dict[Any, Any], prefix: str) -> None:
+    for key, value in tree.items():
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{prefix.rstrip('.') or 'the config'} has a key that is not a string",
+                got=f"{key!r} of type {type(key).__name__}",
+                expected="names of settings",
+                do="write the key in quotes, or remove it",
+            )
+        if isinstance(value, dict):
+            _require_text_keys(value, f"{prefix}{key}.")
 
 
 def _prepared(raw: dict[str, Any], world_size: int, ranks: int | None, ledger: Ledger) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from deepcore.config.paths import MISSING, is_unset, remove, shown
 
 
 def _enabled(value: Any) -> bool:
-    """Whether anything inside a section says ``"enabled": true``."""
+    """Whether a section, or one inside it, says ``"enabled": true``."""
     if isinstance(value, dict):
-        return any(item is True if key == "enabled" else _enabled(item) for key, item in value.items())
-    return value is True
+        return value.get("enabled", False) is not False or any(
+            _enabled(item) for item in value.values() if isinstance(item, dict)
+        )
+    return bool(value)
 
 
 def _filled(value: Any) -> bool:

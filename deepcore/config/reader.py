@@ -16,6 +16,7 @@ from deepcore.config.paths import copied, nearest
 from deepcore.errors import ConfigError
 
 ARGUMENTS = ("deepcore_config", "deepspeed_config", "deepscale_config")
+_OBJECT = '{"train_batch_size": 8, ...}'
 _FORMS = "a dict, the path of a JSON file, or base64 text of JSON"
 
 
@@ -132,6 +133,8 @@ def parse_text(text: str, origin: str) -> dict[str, Any]:
             )
         return result
 
+    if not text.strip():
+        raise ConfigError(f"{origin} is empty", expected=_OBJECT, do="put the settings in braces")
     try:
         value = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
@@ -139,8 +142,8 @@ def parse_text(text: str, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(
             f"{origin} holds no object",
-            got=f"a {type(value).__name__}" if text.strip() else "nothing",
-            expected='{"train_batch_size": 8, ...}',
+            got=f"a value of type {type(value).__name__}",
+            expected=_OBJECT,
             do="put the settings in braces",
         )
     return value

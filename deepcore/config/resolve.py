@@ -131,3 +131,14 @@ def _indivisible(total: int, known: int, name: str, missing: str, ranks: int) ->
         expected=f"a multiple of {known} x {ranks} = {divisor}",
         do=f"set {TOTAL} to {choices}, or change {name} or the number of ranks",
     )
+
+
+def fitting_world_size(raw: dict[str, Any]) -> int:
+    """The smallest number of ranks that a config can mean: what its three batch settings and its axes imply, else 1."""
+    axes = _size(raw, "sequence_parallel_size") * max(
+        _size(raw, "tensor_parallel.autotp_size"), _size(raw, "tensor_parallel.tp.tp_size")
+    )
+    total, micro, steps = (int(raw[key]) if _is_positive(raw.get(key)) else 0 for key in _KEYS)
+    if total and micro and steps and total % (micro * steps) == 0:
+        return total // (micro * steps) * axes
+    return _size(raw, "data_parallel_size") * axes

@@ -37,10 +37,17 @@ def problems_of(errors: list[ErrorDetails], root: type[Section]) -> list[Problem
     for error in errors:
         path, section = _locate(error["loc"], root)
         if error["type"] == "extra_forbidden":
-            found.setdefault(path, _unknown(path, section, root))
+            found.setdefault(path, _unknown(path, str(error["loc"][-1]), section, root))
         else:
-            found.setdefault(path, _invalid(path, error))
+            found[path] = _either(found.get(path), _invalid(path, error))
     return list(found.values())
+
+
+def _either(earlier: Problem | None, later: Problem) -> Problem:
+    """One problem for a value that no branch of a union takes."""
+    if earlier is None or not (earlier.expected and later.expected):
+        return earlier or later
+    return later._replace(expected=f"{earlier.expected} or {later.expected}")
 
 
 def _locate(loc: tuple[int | str, ...], root: type[Section]) -> tuple[str, type[Section]]:
@@ -57,24 +64,27 @@ def _locate(loc: tuple[int | str, ...], root: type[Section]) -> tuple[str, type[
     return path, holder
 
 
-def _unknown(path: str, section: type[Section], root: type[Section]) -> Problem:
-    parent, _, key = path.rpartition(".")
-    prefix = f"{parent}." if parent else ""
-    listed = [name[len(prefix) :] for name in (*REFUSED, *WITHOUT_EFFECT) if name.startswith(prefix)]
-    siblings = [*fields_of(section), *(name for name in listed if "." not in name)]
-    close = nearest(key, siblings)
+def _unknown(path: str, key: str, section: type[Section], root: type[Section]) -> Problem:
+    prefix = path.removesuffix(key)
+    unplanned = [name[len(prefix) :] for name in (*REFUSED, *WITHOUT_EFFECT) if name.startswith(prefix)]
+    siblings = [*fields_of(section), *(name for name in unplanned if "." not in name)]
+    close = None if "." in key else nearest(key, siblings)
     suggestion = prefix + close if close else _elsewhere(path, key, root)
     if suggestion is None:
-        valid = ", ".join(fields_of(section)) if parent else "see `deepcore config schema`"
+        valid = ", ".join(fields_of(section)) if prefix else "one that `deepcore config schema` lists"
         return Problem(f'unknown setting "{path}"', expected=valid, do=f'remove "{path}" or correct its name')
     return Problem(f'unknown setting "{path}"; did you mean "{suggestion}"?', do=f'write "{suggestion}", or remove it')
 
 
 def _elsewhere(path: str, key: str, root: type[Section]) -> str | None:
-    """A real path that ends with the same key, or one that resembles the whole."""
+    """The one real path that ends with the same key; for a dotted key, one in the section that it begins with."""
     paths = known_paths(root)
+    if "." in key:
+        parent, _, last = path.rpartition(".")
+        siblings = [known for known in paths if known.startswith(f"{parent}.")]
+        return nearest(f"{parent}.{last}", siblings or paths)
     same = [known for known in paths if known.rpartition(".")[2] == key]
-    return same[0] if len(same) == 1 else nearest(path, paths) if "." in path else None
+    return same[0] if len(same) == 1 else None
 
 
 def _invalid(path: str, error: ErrorDetails) -> Problem:

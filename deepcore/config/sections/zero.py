@@ -50,8 +50,11 @@ class LeafModule(Section):
 class ZeroOptimization(Section):
     """``zero_optimization``: what is sharded and how it travels."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        default=0, description="0: nothing sharded; 1: optimizer state; 2: and gradients; 3: and parameters."
+    stage: int = Field(
+        default=0,
+        ge=0,
+        le=3,
+        description="0: nothing sharded; 1: optimizer state; 2: and gradients; 3: and parameters.",
     )
     contiguous_gradients: bool = Field(default=True, description="Accepted for compatibility.")
     reduce_scatter: bool = Field(default=True, description="Reduce gradients by reduce-scatter at stages 1 to 3.")
