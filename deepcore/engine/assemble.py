@@ -20,7 +20,7 @@ from deepcore.engine.placement import cast_rest, share_weights
 from deepcore.errors import ConfigError
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
 from deepcore.precision.policy import PrecisionPolicy
-from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.group import FlatGroup, GroupDtypes
 from deepcore.sharding.units import plan_groups
 from deepcore.zero.stage0 import Stage0
 
@@ -54,7 +54,7 @@ def build_engine(
     if optimizer is None:
         return Engine(model, None, clock, world, mesh, settings), None
     overlap = settings.zero_optimization.overlap_comm is not False
-    strategy = Stage0(groups, mesh.zero_axis, policy, overlap=overlap)
+    strategy = Stage0(groups, mesh.zero_axis, overlap=overlap)
     replicas = 1 if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
     core = TrainCore(strategy, optimizer, clock, StepSettings(settings.gradient_clipping, replicas))
     engine = Engine(model, core, clock, world, mesh, settings)
@@ -77,6 +77,10 @@ def policy_from(settings: Settings) -> PrecisionPolicy:
 
 def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else _DTYPES[name]
+
+
+def _dtypes_of(param: torch.dtype, policy: PrecisionPolicy) -> GroupDtypes:
+    return GroupDtypes(policy.master_of(param), policy.accumulate_of(param), policy.reduce_of(param))
 
 
 def _flatten(
@@ -102,7 +106,7 @@ def _flatten(
     axis = mesh.zero_axis
     bound = settings.zero_optimization.reduce_bucket_size
     plans = plan_groups(named, axis=axis.name, param_dtype=policy.param, max_numel=bound)
-    groups = [FlatGroup(plan, num_shards=1) for plan in plans]
+    groups = [FlatGroup(plan, 1, _dtypes_of(plan.key.dtype, policy)) for plan in plans]
     for group in groups:
         group.adopt()
     return groups

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from deepcore.precision.policy import PrecisionPolicy
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
 
@@ -22,13 +21,13 @@ class ShardArena:
 
     Attributes:
         masters: per group, 1-D, ``layout.shard_numel`` elements.
-        grads: per group, 1-D, same size, in the policy's accumulation dtype.
+        grads: per group, 1-D, same size, in the group's accumulation dtype.
         batches: one per combination of dtypes; together they cover every element of the shards once.
         usage: uint8 (P,), a flag per parameter of all groups in order, the same on every rank: 1 where its
             gradient arrived on some rank.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], rank: int, policy: PrecisionPolicy) -> None:
+    def __init__(self, groups: Sequence[FlatGroup], rank: int) -> None:
         self.groups = list(groups)
         self.device = groups[0].key.device if groups else torch.device("cpu")
         self.masters: list[torch.Tensor] = []
@@ -36,13 +35,13 @@ class ShardArena:
         self._copies: list[torch.Tensor | None] = []
         self._ranges = [group.layout.shard_range(rank) for group in self.groups]
         for group, (begin, end) in zip(self.groups, self._ranges, strict=True):
-            master_dtype = policy.master_of(group.key.dtype)
+            master_dtype = group.dtypes.master
             source = group.cast()[begin:end]
             weights = group.full[begin:end]
             owned = master_dtype != group.key.dtype
             self.masters.append(source.to(master_dtype) if owned else weights)
             self._copies.append(weights if owned else None)
-            self.grads.append(torch.zeros_like(weights, dtype=policy.accumulate_of(group.key.dtype)))
+            self.grads.append(torch.zeros_like(weights, dtype=group.dtypes.accumulate))
         self.usage = torch.zeros(sum(len(group.params) for group in groups), dtype=torch.uint8, device=self.device)
         self.batches: list[SegmentBatch] = []
         self._params_of: list[torch.Tensor] = []

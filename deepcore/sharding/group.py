@@ -5,6 +5,8 @@ Knows nothing of gradients, optimizers or ranks other than the number of shards.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from deepcore.errors import LayoutError
@@ -14,11 +16,27 @@ from deepcore.sharding.units import GroupKey, GroupPlan
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@dataclass(frozen=True)
+class GroupDtypes:
+    """The dtypes of one group's quantities, its parameters' own dtype apart.
+
+    Attributes:
+        master: of the weights that the optimizer updates.
+        accumulate: of gradients summed over micro-batches.
+        reduce: of gradients that travel between ranks.
+    """
+
+    master: torch.dtype
+    accumulate: torch.dtype
+    reduce: torch.dtype
+
+
 class FlatGroup:
     """Parameters that are gathered, reduced and updated together.
 
     Attributes:
         key: what the parameters share.
+        dtypes: of masters, gradients and what travels.
         layout: where each of them lives in the flat buffer.
         params: the parameters, in the layout's order; after ``adopt`` views of ``full``.
         names: their names in the module.
@@ -26,8 +44,9 @@ class FlatGroup:
             parameters came in; ``cast`` brings it to ``key.dtype``.
     """
 
-    def __init__(self, plan: GroupPlan, num_shards: int) -> None:
+    def __init__(self, plan: GroupPlan, num_shards: int, dtypes: GroupDtypes | None = None) -> None:
         self.key: GroupKey = plan.key
+        self.dtypes = dtypes or GroupDtypes(self.key.dtype, self.key.dtype, self.key.dtype)
         self.names = [name for name, _ in plan.params]
         self.params = [param for _, param in plan.params]
         for name, param in plan.params:

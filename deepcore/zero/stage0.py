@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 
 from deepcore.comm.mesh import Axis
-from deepcore.precision.policy import PrecisionPolicy
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.gradients import GroupGradients
 from deepcore.sharding.group import FlatGroup
@@ -26,10 +25,9 @@ class Stage0(ZeroStrategy):
     A further backward in the same window (a second loss) is reduced by itself and added.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, policy: PrecisionPolicy, *, overlap: bool) -> None:
+    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool) -> None:
         self.groups = list(groups)
-        self.arena = ShardArena(self.groups, 0, policy)
-        self._policy = policy
+        self.arena = ShardArena(self.groups, 0)
         self._axis = axis
         self._reducer = GradReducer(axis)
         self._hooks = GradientHooks(self.groups, self._group_ready, eager=overlap)
@@ -83,7 +81,7 @@ class Stage0(ZeroStrategy):
         gradients = self._current[number]
         gradients.fold()
         gradients.zero_dead()
-        self._reducer.launch(gradients.flat, self._policy.reduce_of(gradients.group.key.dtype))
+        self._reducer.launch(gradients.flat, gradients.group.dtypes.reduce)
 
     def _complete(self) -> None:
         """Agree on which parameters were used by any rank, wait for the sums, and add those of extra passes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, gelu
 
 VOCABULARY = 13
 WIDTH = 8
@@ -31,11 +31,11 @@ class Awkward(nn.Module):
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor, branch: bool) -> torch.Tensor:
         x = self.embed(tokens) * self.scale
         x = x + torch.tanh(self.frozen(x))
-        x = F.gelu(self.body(x) + self.shift.to(x.dtype))
+        x = gelu(self.body(x) + self.shift.to(x.dtype))
         if branch:
             x = x + self.branch(x)
         logits = self.head(self.back(self.norm(x)))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def build(seed: int) -> Awkward:

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 import deepcore.ops.schemas  # noqa: F401  (registers the reference ops)
 from deepcore.errors import LayoutError, UsageError
 from deepcore.ops.reference.segments import CHUNK_NUMEL
-from deepcore.precision.policy import PrecisionPolicy
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.gradients import GroupGradients
-from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.group import FlatGroup, GroupDtypes
 from deepcore.sharding.segments import Segment, SegmentTable
 from deepcore.sharding.units import plan_groups
 
-BF16 = PrecisionPolicy(param=torch.bfloat16, master=torch.float32)
+FP32 = GroupDtypes(torch.float32, torch.float32, torch.float32)
 
 
 def params(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.nn.Parameter]]:
@@ -27,7 +26,7 @@ def params(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list
 
 def one_group(named: list[tuple[str, torch.nn.Parameter]], dtype: torch.dtype | None = None) -> FlatGroup:
     (plan,) = plan_groups(named, axis="dp", param_dtype=dtype)
-    group = FlatGroup(plan, num_shards=1)
+    group = FlatGroup(plan, 1, FP32)
     group.adopt()
     return group
 
@@ -64,7 +63,7 @@ def test_adopt_keeps_values_identity_and_strides() -> None:
 def test_masters_keep_the_bits_that_the_cast_loses() -> None:
     named = params((33,), (4, 4))
     exact = [param.detach().clone() for _, param in named]
-    arena = ShardArena([one_group(named, torch.bfloat16)], 0, BF16)
+    arena = ShardArena([one_group(named, torch.bfloat16)], 0)
     group = arena.groups[0]
     for param, master, value in zip(group.params, group.views(arena.masters[0]), exact, strict=True):
         assert param.dtype == torch.bfloat16
@@ -74,7 +73,7 @@ def test_masters_keep_the_bits_that_the_cast_loses() -> None:
 
 
 def test_fp32_masters_are_the_weights_themselves() -> None:
-    arena = ShardArena([one_group(params((5,)))], 0, PrecisionPolicy())
+    arena = ShardArena([one_group(params((5,)))], 0)
     assert arena.masters[0].data_ptr() == arena.groups[0].full.data_ptr()
     assert arena.batches[0].copies == []
     assert arena.nbytes() == arena.grads[0].nbytes
@@ -99,7 +98,7 @@ def test_chunk_offsets_pass_over_tensors_without_segments() -> None:
 def test_gradients_fold_over_micro_batches(dtype: torch.dtype) -> None:
     named = params((3, 4), (5,), ())
     group = one_group(named, dtype)
-    arena = ShardArena([group], 0, PrecisionPolicy(param=dtype, master=torch.float32))
+    arena = ShardArena([group], 0)
     gradients = GroupGradients(group, arena.grads[0])
     first, second, unused = group.params
     (2 * first).sum().backward()
@@ -160,7 +159,7 @@ def test_batches_of_all_ranks_cover_every_element_once(world: int) -> None:
         groups = [FlatGroup(plan, num_shards=world) for plan in plans]
         for group in groups:
             group.adopt()
-        arena = ShardArena(groups, rank, PrecisionPolicy())
+        arena = ShardArena(groups, rank)
         for batch in arena.batches:
             for segment in batch.table.segments:
                 part = batch.params[segment.tensor][segment.begin : segment.begin + segment.numel]
