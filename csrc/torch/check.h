@@ -76,6 +76,8 @@ inline const char* dtype_name(ScalarType dtype) {
             return "int64";
         case ScalarType::Int:
             return "int32";
+        case ScalarType::Bool:
+            return "bool";
         case ScalarType::Byte:
             return "uint8";
         default:

@@ -1,0 +1,67 @@
+"""Owns small inputs for the ops: segment tables, tensors at awkward addresses, and bitwise comparison.
+
+Knows nothing of any one op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+from deepcore.ops.reference.segments import CHUNK_NUMEL
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ODD_SIZES = (0, 1, 31, CHUNK_NUMEL - 1, CHUNK_NUMEL, CHUNK_NUMEL + 1)
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+def table(segments: list[tuple[int, int, int, int]], num_tensors: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, chunk_offsets) of (tensor, begin, numel, hyper) tuples, sorted by tensor."""
+    rows, offsets, chunks = [], [0] * (num_tensors + 1), 0
+    for tensor, begin, numel, hyper in segments:
+        rows.append((tensor, begin, numel, hyper, chunks))
+        chunks += -(-numel // CHUNK_NUMEL)
+        for later in range(tensor, num_tensors):
+            offsets[later + 1] = chunks
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5), torch.tensor(offsets)
+
+
+def whole(sizes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A table with one segment per tensor."""
+    return table([(index, 0, size, 0) for index, size in enumerate(sizes)], len(sizes))
+
+
+def tensor(numel: int, dtype: torch.dtype, *, offset: int = 0, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Normal values in a 1-D view that starts `offset` elements into its storage."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + numel)
+    values = torch.randn(numel + offset, generator=generator) * scale
+    return values.to(dtype)[offset:]
+
+
+def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal bit for bit; any NaN equals any other NaN, since IEEE 754 leaves its payload open."""
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        return False
+    bits = _BITS[got.dtype]
+    nan = torch.isnan(expected)
+    return torch.equal(torch.isnan(got), nan) and torch.equal(got[~nan].view(bits), expected[~nan].view(bits))
+
+
+@contextmanager
+def correctly_rounded_sqrt() -> Iterator[None]:
+    """Make ``Tensor.sqrt`` the IEEE 754 one while a reference runs.
+
+    On CPUs torch takes fp32 roots from a vector library that misses the nearest value in up to a fifth of all cases.
+    Through fp64 the result is right: no root of an fp32 number lies near enough to a rounding boundary.
+    """
+    torch_sqrt = torch.Tensor.sqrt
+    with mock.patch.object(torch.Tensor, "sqrt", lambda values: torch_sqrt(values.double()).to(values.dtype)):
+        yield
