@@ -1,0 +1,111 @@
+"""Owns the benchmark of a whole training step: an 11M-parameter GPT on 2 ranks, beside DDP and no communication.
+
+Knows nothing of what a step does inside. All contenders live in the same processes and take turns, so that each
+meets the same machine; every one clips by the global norm and updates with AdamW.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import models
+from benchmarks.harness import OURS, Contender, Options, Result, interleave
+from benchmarks.ranks import run_ranks
+
+NUM_RANKS, ROWS, CLIP, LR = 2, 4, 1.0, 1e-4
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEERS = ("none", "ddp")
+
+Job = tuple[Callable[[], object], Callable[[], object]]  # one step; the end
+
+
+def bench(options: Options) -> Iterator[Result]:
+    """fp32 and bf16; the times are those of the first rank, between two barriers."""
+    for dtype in DTYPES:
+        names = [name for name in (OURS, *PEERS) if options.wants(name)]
+        arguments = {"names": names, "dtype": dtype, "quick": options.quick, "rounds": options.rounds}
+        samples = run_ranks(NUM_RANKS, "benchmarks.bench_step:compete", arguments, timeout=500)[0]
+        params = {"dtype": dtype, "ranks": NUM_RANKS, "rows per rank": ROWS, "threads": 1, "device": "cpu"}
+        result = Result("step", "tiny" if options.quick else "11M GPT", samples, params)
+        if dtype == "bf16":
+            result.notes.append("deepcore holds fp32 master weights; ddp and none train bf16 weights alone")
+        yield result
+
+
+def compete(names: list[str], dtype: str, quick: bool, rounds: int) -> dict[str, list[float]]:
+    """On every rank: build all contenders, then let them step in turns."""
+    torch.distributed.init_process_group("gloo")
+    build = models.tiny_gpt if quick else models.gpt_11m
+    contenders, closings = [], []
+    for name in names:
+        torch.manual_seed(0)
+        step, close = STEPS[name](build(), DTYPES[dtype])
+        contenders.append(Contender(name, _sampler(step)))
+        closings.append(close)
+    samples = interleave(contenders, rounds, warmups=3)
+    for close in closings:
+        close()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return samples
+
+
+def _sampler(step: Callable[[], object]) -> Callable[[], float]:
+    def sample() -> float:
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        step()
+        torch.distributed.barrier()
+        return time.perf_counter() - begin
+
+    return sample
+
+
+def _ours(model: models.GPT, dtype: torch.dtype) -> Job:
+    import deepcore
+
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_clipping": CLIP,
+        "optimizer": {"type": "AdamW", "params": {"lr": LR}},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    ids, targets = _batch(model)
+    engine, *_ = deepcore.initialize(model=model, config=config)
+
+    def step() -> None:
+        engine.backward(engine(ids, targets))
+        engine.step()
+
+    return step, engine.destroy
+
+
+def _plain(model: models.GPT, dtype: torch.dtype, *, wrap: bool) -> Job:
+    ids, targets = _batch(model)
+    module: torch.nn.Module = model.to(dtype)
+    if wrap:
+        module = torch.nn.parallel.DistributedDataParallel(module)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, fused=True)
+
+    def step() -> None:
+        module(ids, targets).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, lambda: None
+
+
+def _batch(model: models.GPT) -> tuple[torch.Tensor, torch.Tensor]:
+    return models.batch(model, ROWS, seed=torch.distributed.get_rank())
+
+
+STEPS: dict[str, Callable[[models.GPT, torch.dtype], Job]] = {
+    OURS: _ours,
+    "ddp": lambda model, dtype: _plain(model, dtype, wrap=True),
+    "none": lambda model, dtype: _plain(model, dtype, wrap=False),
+}
