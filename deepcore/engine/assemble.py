@@ -17,7 +17,6 @@ from deepcore.engine.clock import Clock
 from deepcore.engine.core import StepSettings, TrainCore
 from deepcore.engine.engine import Engine
 from deepcore.engine.placement import cast_rest, share_weights
-from deepcore.errors import ConfigError
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
 from deepcore.precision.policy import PrecisionPolicy
 from deepcore.sharding.group import FlatGroup, GroupDtypes
@@ -96,13 +95,6 @@ def _flatten(
     require_ours(model, optimizer.param_groups)
     chosen = {param for group in optimizer.param_groups for param in group["params"]}
     named = [(name, param) for name, param in model.named_parameters() if param in chosen and param.requires_grad]
-    if not named:
-        raise ConfigError(
-            "the model has no trainable parameter",
-            got=f"{sum(1 for _ in model.parameters())} parameters, none that requires grad and is in the optimizer",
-            expected="at least one parameter with requires_grad=True",
-            do="unfreeze a part of the model, or initialize() without an optimizer to evaluate only",
-        )
     axis = mesh.zero_axis
     bound = settings.zero_optimization.reduce_bucket_size
     plans = plan_groups(named, axis=axis.name, param_dtype=policy.param, max_numel=bound)

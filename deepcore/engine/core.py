@@ -96,12 +96,7 @@ class TrainCore:
         """A full step: reduce what is unreduced, judge the gradients, update, publish, end the window."""
         self.require_alive()
         if not self._backwards:
-            raise UsageError(
-                "step() without gradients",
-                got="no backward since the last step",
-                expected="engine.backward(loss) first",
-                do="call engine.backward(loss) before engine.step() or optimizer.step()",
-            )
+            raise no_gradients()
         assert self.fresh_report is None, "the engine settles the last step before the next"
         self.strategy.make_boundary()
         batches = self.strategy.arena.batches
@@ -137,6 +132,16 @@ class TrainCore:
                 expected="a live engine",
                 do="build a new one with deepcore.initialize() and load a checkpoint",
             )
+
+
+def no_gradients() -> UsageError:
+    """The error of a step that has nothing to step on."""
+    return UsageError(
+        "step() without gradients",
+        got="no backward since the last step",
+        expected="engine.backward(loss) first",
+        do="call engine.backward(loss) before engine.step() or optimizer.step()",
+    )
 
 
 def split_divisor(accumulation: int, replicas: int, loss_dtype: torch.dtype) -> tuple[float, float]:

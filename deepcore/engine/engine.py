@@ -16,7 +16,7 @@ from deepcore.comm.mesh import Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings
 from deepcore.engine.clock import Clock
-from deepcore.engine.core import TrainCore, require_loss
+from deepcore.engine.core import TrainCore, no_gradients, require_loss
 from deepcore.engine.progress import StepPrinter
 from deepcore.errors import UsageError
 
@@ -115,7 +115,9 @@ class Engine(torch.nn.Module):
         if self._stepped_by_optimizer:
             self._stepped_by_optimizer = False
             return
-        if self._backward_since_step and not self.clock.is_boundary():
+        if not self._backward_since_step:
+            raise no_gradients()
+        if not self.clock.is_boundary():
             self.clock.tick_micro()
             self._backward_since_step = self._closed_window = False
             return

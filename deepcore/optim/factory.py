@@ -81,12 +81,20 @@ def make_optimizer(
     """
     if client is None and section is None:
         return None, None
+    if not groups:
+        raise ConfigError(
+            "the model has no trainable parameter",
+            got="no parameter to optimize has requires_grad=True",
+            expected="at least one",
+            do="unfreeze a part of the model, or initialize() without an optimizer to evaluate only",
+        )
     if client is None:
         base = _from_config(section.type, dict(section.params), groups)
     elif isinstance(client, Optimizer):
         base = client
     elif callable(client):
-        base = client(groups)
+        plain = len(groups) == 1 and groups[0].keys() == {"params"}
+        base = client(groups[0]["params"] if plain else groups)
     else:
         raise ConfigError(
             "optimizer is neither an optimizer nor a callable",
