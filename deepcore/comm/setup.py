@@ -52,12 +52,22 @@ class _State:
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     timeout: timedelta = DEFAULT_TIMEOUT
-    generation: int = 0
+    leaves_at_exit: bool = False
 
 
 _state = _State()
-# Stores outlive their world: a rank that leaves and rejoins must meet the others at a server that never went away.
-_stores: dict[tuple[str, int, int, int], Store] = {}
+
+
+@dataclass
+class _Meeting:
+    """A store where ranks find each other, and how many worlds have met there: each needs keys of its own."""
+
+    store: Store
+    num_worlds: int = 0
+
+
+# Meetings outlive their worlds: a rank that leaves and rejoins must find the server that the others still know.
+_meetings: dict[tuple[str, int, int], _Meeting] = {}
 
 
 def init_distributed(
@@ -141,8 +151,9 @@ def _forget() -> None:
 
 def _keep(world: World) -> World:
     _state.world, _state.group = world, dist.group.WORLD
-    if world.owned and _state.generation == 1:
+    if world.owned and not _state.leaves_at_exit:
         atexit.register(_leave_at_exit)
+        _state.leaves_at_exit = True
     return world
 
 
@@ -177,11 +188,11 @@ def _join(info: LaunchInfo, backend: str | None, timeout: timedelta, init_method
     _check_backend(backend, info, device)
     if backend == solo.BACKEND:
         solo.register()
-    _state.generation += 1
     _state.timeout = timeout
     try:
-        # A fresh prefix per generation: the keys of a world that was left must not be read by the next one.
-        store = PrefixStore(f"deepcore/{_state.generation}", _store(info, init_method, timeout))
+        meeting = _meeting(info, init_method, timeout)
+        meeting.num_worlds += 1
+        store = PrefixStore(f"deepcore/{meeting.num_worlds}", meeting.store)
         dist.init_process_group(
             backend,
             store=store,
@@ -195,20 +206,22 @@ def _join(info: LaunchInfo, backend: str | None, timeout: timedelta, init_method
     return World(info.rank, info.size, info.local_rank, info.local_size, device, backend, owned=True)
 
 
-def _store(info: LaunchInfo, init_method: str | None, timeout: timedelta) -> Store:
-    if init_method is not None and init_method != "env://":
-        met: Store = next(iter(rendezvous(init_method, info.rank, info.size, timeout=timeout)))[0]
-        return met
-    if info.launcher == "solo":
-        return HashStore()
-    key = (info.address, info.port, info.size, info.attempt)
-    if key not in _stores:
-        serves = info.rank == 0 and not info.agent_store
-        server = TCPStore(
-            info.address, info.port, info.size, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
-        _stores[key] = PrefixStore(f"attempt/{info.attempt}", server)
-    return _stores[key]
+def _meeting(info: LaunchInfo, init_method: str | None, timeout: timedelta) -> _Meeting:
+    if init_method == "env://":
+        init_method = None
+    if init_method is None and info.launcher == "solo":
+        return _Meeting(HashStore())
+    key = (init_method or f"{info.address}:{info.port}", info.size, info.attempt)
+    if key not in _meetings:
+        if init_method is not None:
+            store: Store = next(iter(rendezvous(init_method, info.rank, info.size, timeout=timeout)))[0]
+        else:
+            serves = info.rank == 0 and not info.agent_store
+            store = TCPStore(
+                info.address, info.port, info.size, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
+            )
+        _meetings[key] = _Meeting(PrefixStore(f"attempt/{info.attempt}", store))
+    return _meetings[key]
 
 
 def _adopt() -> World:

@@ -155,9 +155,11 @@ def _leave_world() -> None:
     from deepcore.comm import setup
 
     setup.destroy()
-    setup._stores.clear()
+    setup._meetings.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+    # A call whose init failed would shift torch's group names here, and the ranks would not find each other again.
+    dist.distributed_c10d._world.group_count = 0
     log._warned.clear()
 
 
