@@ -296,6 +296,7 @@ class Engine(torch.nn.Module):
                 expected="an optimizer",
                 do="pass optimizer=... or add an optimizer section to the config",
             )
+        self.core.require_alive()
         return self.core
 
     def __getattr__(self, name: str) -> Any:
