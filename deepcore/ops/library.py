@@ -242,7 +242,7 @@ def _opened_jit(device: str) -> _Found:
 def _open(path: Path | None) -> Path:
     if path is None:
         raise FileNotFoundError("it vanished from the cache")
-    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    torch.ops.load_library(str(path))
     return path
 
 
@@ -266,7 +266,7 @@ def _verified(op: str, device: str, found: _Found) -> OpStatus:
         reason = f"the kernel of {found.path} failed its self-test: {wrong}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says at length what the next line does on purpose
-            schemas.LIBRARY.impl(op, selftest.reference(op), key)  # type: ignore[no-untyped-call]
+            schemas.LIBRARY.impl(op, selftest.reference(op), key)
     _warn(device, f"deepcore::{op}: {reason}. Run 'deepcore ops clean', then 'deepcore ops status --build'.")
     return OpStatus(op, device, "reference", None, reason)
 

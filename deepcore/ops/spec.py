@@ -66,7 +66,7 @@ class LibrarySpec:
 
     Attributes:
         device: "cpu" or "cuda"; says which compiler driver builds and links it.
-        root: the folder with the sources; also the include path.
+        root: the folder with the sources, absolute; also the include path.
         architectures: for CUDA, such as ("80", "90", "100+PTX").
     """
 

@@ -95,7 +95,8 @@ def find_ninja() -> str | None:
     """A ninja that runs: on PATH, beside this interpreter, or in the ``ninja`` package; None where there is none."""
     places = [shutil.which("ninja"), str(Path(sys.executable).parent / "ninja")]
     if importlib.util.find_spec("ninja") is not None:
-        places.append(str(Path(importlib.import_module("ninja").BIN_DIR) / "ninja"))
+        folder = vars(importlib.import_module("ninja")).get("BIN_DIR")  # not every module of that name is the package
+        places += [str(Path(folder) / "ninja")] if folder else []
     for place in places:
         if place and shutil.which(place) and _answer([place, "--version"]) is not None:
             return place
