@@ -55,7 +55,7 @@ def move_keys(raw: dict[str, Any], ledger: Ledger) -> None:
             ledger.problems.append(problem)
             continue
         for target in targets:
-            if not place(raw, target, values.get(value, value)):
+            if not place(raw, target, values[value] if values else value):
                 ledger.problems.append(_twice(old, target))
             ledger.note(target, f"written as {old}, the old name")
 

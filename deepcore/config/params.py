@@ -50,6 +50,9 @@ def check_optimizer(section: dict[str, Any], ledger: Ledger) -> None:
         _check_params("optimizer", kind, params, OPTIMIZERS[kind], ledger)
         _refuse_contradictions(kind, params, ledger)
         _drop_idle(params)
+        if params.get("torch_adam") is True and "adam_w_mode" in params:
+            section["type"] = "AdamW" if params.pop("adam_w_mode") else "Adam"
+            ledger.note("optimizer.type", f"{kind} with adam_w_mode, which torch's classes do not have")
     elif kind not in PLANNED_OPTIMIZERS:
         _check_torch("optimizer", section, (*OPTIMIZERS, *PLANNED_OPTIMIZERS), ledger)
 

@@ -5,7 +5,7 @@ Knows nothing of process groups: the number of ranks is given.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from deepcore.config.ledger import Ledger, Problem
 from deepcore.config.paths import is_unset, lookup, remove, shown
@@ -27,10 +27,10 @@ def resolve_ranks(raw: dict[str, Any], world_size: int, override: int | None, le
         )
         return None
     ranks = world_size // (sequence * tensor) if override is None else override
-    if isinstance(given, int) and not isinstance(given, bool) and given != ranks:
+    if _is_positive(given) and given != ranks:
         what = "data_parallel_size does not agree with the number of ranks"
-        got = f"{given} data-parallel x {sequence} sequence x {tensor} tensor is not {world_size} ranks"
-        do = f"remove data_parallel_size, or set it to {ranks}, or start {given * sequence * tensor} ranks"
+        got = f"{int(given)} data-parallel x {sequence} sequence x {tensor} tensor is not {world_size} ranks"
+        do = f"remove data_parallel_size, or set it to {ranks}, or start {int(given) * sequence * tensor} ranks"
         ledger.problems.append(Problem(what, got=got, expected=str(ranks), do=do))
     elif is_unset(given):
         raw["data_parallel_size"] = ranks
@@ -40,7 +40,7 @@ def resolve_ranks(raw: dict[str, Any], world_size: int, override: int | None, le
 
 def _size(raw: dict[str, Any], path: str) -> int:
     value = lookup(raw, path)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 1
+    return int(value) if _is_positive(value) else 1
 
 
 def resolve_batch(raw: dict[str, Any], ranks: int | None, ledger: Ledger) -> None:
@@ -83,7 +83,7 @@ def remaining(raw: dict[str, Any], key: str, ledger: Ledger) -> Any:
     return value
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and float(value).is_integer()
 
 

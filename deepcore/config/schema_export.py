@@ -47,11 +47,11 @@ def config_schema() -> dict[str, Any]:
 
 
 def _loosen(section: dict[str, Any]) -> None:
-    """Lets every optional value be "auto" or null too."""
+    """Lets every optional value be "auto" or null too; sections stay plain, for an editor's sake."""
     required = section.get("required", [])
     for name, field in section.get("properties", {}).items():
         field.pop("title", None)
-        if name in required:
+        if name in required or "$ref" in field:
             continue
         described = {key: field.pop(key) for key in ("description", "default") if key in field}
         options = field.pop("anyOf", [dict(field)] if field else [{}])

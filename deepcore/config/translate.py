@@ -22,6 +22,7 @@ _WANTED = {
     "bool_type": "true or false",
     "float_type": "a number",
     "string_type": "a string",
+    "string_unicode": "text",
     "finite_number": "a finite number",
     "model_type": "a section in braces",
     "dict_type": "a section in braces",

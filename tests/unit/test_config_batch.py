@@ -101,6 +101,8 @@ def test_ranks_that_do_not_split_are_refused_with_the_numbers() -> None:
 def test_data_parallel_size_must_agree_with_the_ranks() -> None:
     raw = {MB: 4, "sequence_parallel_size": 2, "data_parallel_size": 2}
     assert parse(raw, world_size=4, require_built=False).data_parallel_size == 2
+    with pytest.raises(ConfigError, match="data_parallel_size does not agree"):
+        parse({MB: 4, "data_parallel_size": 1e30}, world_size=8)
     with pytest.raises(ConfigError, match="data_parallel_size does not agree") as caught:
         parse(raw, world_size=8, require_built=False)
     assert "set it to 4, or start 4 ranks" in str(caught.value)

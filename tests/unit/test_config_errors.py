@@ -105,6 +105,7 @@ def test_an_unknown_key_without_a_neighbour_lists_what_its_section_has() -> None
         ({"amp": {"loss_scale": []}}, "amp.loss_scale", "[]", "a string or a number"),
         ({"elasticity": {"micro_batch_sizes": [2, 0]}}, "elasticity.micro_batch_sizes[1]", "0", "a number > 0"),
         ({"gradient_allreduce_op": "max"}, "gradient_allreduce_op", "'max'", "'mean' or 'sum'"),
+        ({"aio": {"thread_count": {}}}, "aio.intra_op_parallelism", "{}", "an integer"),
         ({"zero_optimization": {"cpu_offload": "yes"}}, "zero_optimization.cpu_offload", "'yes'", ""),
     ],
 )

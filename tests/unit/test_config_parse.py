@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deepcore.config import Settings, parse
+from deepcore.config.legacy import MOVES
+from deepcore.config.rare import REFUSED, WITHOUT_EFFECT
+from deepcore.config.walk import known_paths
 from deepcore.errors import ConfigError
 
 BATCH = {"train_micro_batch_size_per_gpu": 4}
@@ -167,6 +170,14 @@ def test_arguments_that_say_what_happens_anyway_do_not_reach_the_constructor() -
     assert section.params == {"lr": 0.1}
 
 
+def test_torch_adam_is_named_by_its_decay_since_torch_has_no_adam_w_mode() -> None:
+    params = {"torch_adam": True, "adam_w_mode": True, "bias_correction": True}
+    section = accepted({"optimizer": {"type": "Adam", "params": params}}).optimizer
+    assert section is not None
+    assert section.type == "AdamW"
+    assert section.params == {"torch_adam": True}
+
+
 def test_auto_parameters_leave_the_constructor_its_defaults() -> None:
     params = {"lr": 0.1, "betas": "auto", "weight_decay": "auto"}
     for kind in ("AdamW", "RAdam"):
@@ -207,11 +218,7 @@ _values = st.recursive(
     max_leaves=5,
 )
 _keys = st.sampled_from(
-    [
-        *("train_batch_size", "gradient_accumulation_steps", "zero_optimization", "zero_optimization.stage", "bf16"),
-        *("bfloat16", "fp16", "optimizer", "scheduler", "amp", "autotuning", "aio", "steps_per_print", "compile"),
-        *("tensor_parallel", "optimizer.params", "optimizer.type", "vocabulary_size", "zero_optimization.zenflow"),
-    ]
+    [*known_paths(Settings), *REFUSED, *WITHOUT_EFFECT, *MOVES, "bfloat16", "bfloat16.enabled", "optimizer.params.lr"]
 )
 
 
