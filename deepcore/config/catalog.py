@@ -52,6 +52,13 @@ _WARMUP: dict[str, Param] = {
     "last_batch_iteration": _LAST,
 }
 _TOTAL = Param("count", REQUIRED, "Steps after which the schedule has ended.")
+NOT_FROM_CONFIG: dict[str, str] = {
+    "ReduceLROnPlateau": "it is stepped with a metric",
+    "LambdaLR": "it needs a function",
+    "MultiplicativeLR": "it needs a function",
+    "SequentialLR": "it needs other schedulers",
+    "ChainedScheduler": "it needs other schedulers",
+}
 SCHEDULES: dict[str, dict[str, Param]] = {
     "WarmupLR": _WARMUP,
     "WarmupDecayLR": {

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from deepcore.config.catalog import (
+    NOT_FROM_CONFIG,
     OPTIMIZERS,
     PLANNED_OPTIMIZERS,
     REFUSED_OPTIMIZERS,
@@ -160,6 +161,10 @@ def _check_torch(name: str, section: dict[str, Any], ours: Iterable[str], ledger
     """Checks a type that is not built in, and its parameters, against torch's classes."""
     classes = _torch_classes(name)
     kind = _spelled(section, classes)
+    if name == "scheduler" and kind in NOT_FROM_CONFIG:
+        what = f"scheduler.type {kind} cannot be built from a config: {NOT_FROM_CONFIG[kind]}"
+        ledger.problems.append(Problem(what, do="build it in Python and pass it to initialize(lr_scheduler=...)"))
+        return
     if kind in classes:
         _check_signature(name, kind, section["params"], classes[kind], ledger)
         return

@@ -214,6 +214,8 @@ def test_auto_is_refused_by_name_where_there_is_nothing_to_infer_from(raw: dict[
         ({"scheduler": {"type": "WarmupDecayLR"}}, "scheduler.params.total_num_steps is required"),
         ({"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0}}}, "cycle_max_lr is required"),
         ({"scheduler": {"type": "StepLR"}}, "scheduler.params.step_size is required by StepLR"),
+        ({"scheduler": {"type": "ReduceLROnPlateau"}}, "it is stepped with a metric"),
+        ({"scheduler": {"type": "lambdalr"}}, "LambdaLR cannot be built from a config"),
         ({"scheduler": {"type": "zzz"}}, "a class of torch.optim.lr_scheduler"),
     ],
 )
