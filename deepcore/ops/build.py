@@ -41,9 +41,16 @@ class TorchPaths:
 
 
 def torch_paths() -> TorchPaths:
-    """Ask the torch that is installed; imports ``torch.utils.cpp_extension``."""
-    from torch.utils import cpp_extension
+    """Ask the torch that is installed where its headers and libraries are."""
+    import torch
 
+    try:
+        from torch.utils import cpp_extension
+    except (ImportError, AssertionError):
+        # It imports setuptools, which may be absent, and which refuses to be imported after the standard library's
+        # distutils. Only torch packages that move their headers need to be asked: all wheels have this layout.
+        home = Path(torch.__file__).parent
+        return TorchPaths((str(home / "include"),), (str(home / "lib"),))
     return TorchPaths(tuple(cpp_extension.include_paths("cpu")), tuple(cpp_extension.library_paths("cpu")))
 
 

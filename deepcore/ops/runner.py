@@ -40,7 +40,7 @@ def run(objects: Sequence[Step], link: Step, folder: Path, log: Path, ninja: str
         limit: seconds for everything; what still runs then is ended.
     """
     deadline = time.monotonic() + limit
-    jobs = env.integer("MAX_JOBS") or len(os.sched_getaffinity(0))
+    jobs = max(1, env.integer("MAX_JOBS") or len(os.sched_getaffinity(0)))
     with open(log, "wb") as sink:
         if ninja:
             (folder / "build.ninja").write_text(_ninja_file([*objects, link]))

@@ -145,7 +145,7 @@ def _parsed(asked: str) -> tuple[str, ...]:
 
 
 def _identified(command: list[str]) -> Compiler:
-    path = shutil.which(command[0]) or command[0]
+    path = str(Path(shutil.which(command[0]) or command[0]).absolute())  # it will run in another folder
     return Compiler((path, *command[1:]), _answer([path, *command[1:], "--version"]) or "")
 
 

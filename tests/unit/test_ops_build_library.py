@@ -125,6 +125,24 @@ def test_a_failed_build_is_one_warning_and_a_working_run(tmp_path: Path) -> None
     assert ".failed.log" in said
 
 
+@pytest.mark.parametrize(
+    "obstacle",
+    ["sys.modules['setuptools'] = None", "if importlib.util.find_spec('distutils'): import distutils.core"],
+    ids=["no setuptools", "distutils first"],
+)
+def test_the_folders_of_torch_are_found_where_cpp_extension_cannot_be_imported(tmp_path: Path, obstacle: str) -> None:
+    code = f"""
+        import importlib.util, sys
+        {obstacle}
+        found = build.torch_paths()
+        library = any(pathlib.Path(folder, "libtorch_cpu.so").exists() for folder in found.libraries)
+        header = any(pathlib.Path(folder, "torch/csrc/stable/library.h").exists() for folder in found.include)
+        print(json.dumps([library, header]))
+    """
+    result, _ = python(tmp_path, code)
+    assert result == [True, True]
+
+
 @needs_compiler
 def test_status_builds_nothing_and_foretells_what_load_then_does(tmp_path: Path) -> None:
     code = """
