@@ -63,7 +63,11 @@ DEEPCORE_FN void store(float* to, float x) { *to = x; }
 
 #ifdef __CUDA_ARCH__
 DEEPCORE_FN void load(const f16* from, float& x) { asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(from->bits)); }
+#if __CUDA_ARCH__ >= 800
 DEEPCORE_FN void store(bf16* to, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
+#else
+DEEPCORE_FN void store(bf16* to, float x) { to->bits = narrow_bfloat(x); }
+#endif
 DEEPCORE_FN void store(f16* to, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
 #else
 DEEPCORE_FN void load(const f16* from, float& x) { x = widen_half(from->bits); }

@@ -13,6 +13,13 @@
 #define DEEPCORE_FN static inline __attribute__((always_inline))
 #endif
 
+// Before a template that calls what it is given: nvcc cannot know that a device lambda never meets the host version.
+#ifdef __CUDACC__
+#define DEEPCORE_CALLS_BACK _Pragma("nv_exec_check_disable")
+#else
+#define DEEPCORE_CALLS_BACK
+#endif
+
 #ifndef DEEPCORE_ISA
 #ifdef __CUDACC__
 #define DEEPCORE_ISA cuda

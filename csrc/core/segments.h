@@ -43,6 +43,7 @@ DEEPCORE_FN Span chunk_span(const Segment& segment, int64_t chunk) {
 }
 
 // Calls visit(segment index, chunk, span) for every chunk of [begin, end), in order.
+DEEPCORE_CALLS_BACK
 template <class Visit>
 DEEPCORE_FN void for_each_chunk(const Segment* segments, int64_t num_segments, int64_t begin, int64_t end,
                                 const Visit& visit) {
