@@ -26,3 +26,8 @@ def integer(name: str, default: int | None = None) -> int | None:
 def snapshot() -> Mapping[str, str]:
     """A copy of the whole environment, for child processes."""
     return dict(os.environ)
+
+
+def set_default(name: str, value: str) -> None:
+    """Give child processes ``name=value`` unless the user has set it."""
+    os.environ.setdefault(name, value)
