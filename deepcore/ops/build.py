@@ -166,7 +166,7 @@ def failed(job: Job, verdict: str, log_path: Path) -> BuildError:
         f"the {job.label} did not compile: {verdict}",
         got="\n            ".join([made_by, *errors]),
         expected="a compiler with C++17" + (" and a CUDA toolkit that torch's headers accept" if job.nvcc else ""),
-        do=f"read {log_path}; then update the compiler or choose another with CXX",
+        do=f"read {log_path}; most often the compiler is too old (name another with CXX) or the disk is full",
     )
 
 

@@ -22,7 +22,7 @@ _RAMP = torch.arange(_NUMEL, dtype=torch.float32).sub_(30).mul_(0.03125)
 
 def failing(op: str, device: str) -> str:
     """Run one op on the device and compare; "" if it agrees with its reference, else what is wrong."""
-    make = _ARGUMENTS.get(op)
+    make = ARGUMENTS.get(op)
     if make is None:
         return ""
     expected, got = make(torch.device("cpu")), make(torch.device(device))
@@ -69,6 +69,10 @@ def _unflatten(device: torch.device) -> Arguments:
     return [[torch.zeros(_NUMEL - 3, device=device)], _RAMP.to(device, torch.float16), torch.tensor([2])]
 
 
+def _bucket_sum(device: torch.device) -> Arguments:
+    return [_RAMP.to(device, torch.bfloat16), torch.cat((_RAMP, _RAMP * 2, _RAMP * -5)).to(device), True, 3.0]
+
+
 def _grad_stats(device: torch.device) -> Arguments:
     return [[_RAMP.to(device)], *_segments(device)]
 
@@ -93,9 +97,10 @@ def _adam(device: torch.device) -> Arguments:
     ]
 
 
-_ARGUMENTS: dict[str, Callable[[torch.device], Arguments]] = {
+ARGUMENTS: dict[str, Callable[[torch.device], Arguments]] = {
     "flatten_": _flatten,
     "unflatten_": _unflatten,
+    "bucket_sum_": _bucket_sum,
     "grad_stats": _grad_stats,
     "adam_": _adam,
 }

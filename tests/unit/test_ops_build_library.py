@@ -239,6 +239,14 @@ def test_an_op_that_fails_its_self_test_gives_way_to_its_reference(tmp_path: Pat
     assert "Overriding" not in said
 
 
+def test_every_op_has_a_self_test(tmp_path: Path) -> None:
+    code = """
+        from deepcore.ops import selftest
+        print(json.dumps(sorted(set(library.op_names()) - set(selftest.ARGUMENTS))))
+    """
+    assert python(tmp_path, code)[0] == []
+
+
 def test_the_self_test_tells_a_wrong_kernel(tmp_path: Path) -> None:
     code = """
         from deepcore.ops import schemas, selftest
