@@ -38,15 +38,18 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "make: $(PYTHON) is older than Python 3.10; choose another one: make PYTHON=python3.11 ..."; exit 1; }
 	@if $(PYTHON) -c 'import torch; v = torch.__version__.split("."); raise SystemExit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null; then \
-	    echo "Creating $(VENV) on top of the installed torch $$($(PYTHON) -c 'import torch; print(torch.__version__)')"; \
-	    $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    echo "Creating $(VENV) beside the installed torch $$($(PYTHON) -c 'import torch; print(torch.__version__)')" && \
+	    $(PYTHON) -m venv $(VENV) && $@ -m pip uninstall -qq -y setuptools && \
+	    $(PYTHON) -c 'import sys; print(*(f"import site; site.addsitedir({path!r})" \
+	        for path in sys.path if path.endswith(("site-packages", "dist-packages"))), sep="\n")' > $(VENV)/reused.pth && \
+	    cp $(VENV)/reused.pth "$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
 	else \
-	    echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); \
+	    echo "Creating $(VENV)" && $(PYTHON) -m venv $(VENV); \
 	fi
 
 # The versions to install: all that were tested, or, beside a reused torch, those of what the machine does not have.
 $(VENV)/constraints.txt: constraints.txt | $(BIN)/python
-	@if grep -q 'include-system-site-packages = true' $(VENV)/pyvenv.cfg; then \
+	@if [ -e $(VENV)/reused.pth ]; then \
 	    $(PYTHON) -c 'import importlib.metadata as m; \
 	        plain = lambda name: name.split("==")[0].strip().lower().replace("-", "_"); \
 	        have = {plain(d.metadata["Name"]) for d in m.distributions()}; \
@@ -73,7 +76,7 @@ define install
 	fi
 	@touch $@
 endef
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt
 
 $(VENV)/train.stamp: $(SPEC) $(VENV)/torch.stamp
 	$(call install,jit$(,)examples,)
@@ -90,7 +93,7 @@ venv: $(VENV)/lint.stamp ## Make the virtual environment with everything that de
 	@echo "ready: $(BIN)/python"
 
 ops: $(VENV)/train.stamp
-	@$(BIN)/python -m deepcore.cli ops build
+	@$(BIN)/deepcore ops status --build > /dev/null
 
 # ------------------------------------------------------------------------------------------------------------- the job
 
@@ -103,7 +106,7 @@ train: ops ## Train a byte-level GPT on the Python standard library's source
 	        echo "This CPU has no bfloat16 arithmetic: training in float32."; config=examples/bytelm/config_fp32.json; \
 	    fi; \
 	fi; \
-	$(BIN)/python -m deepcore.cli run --nproc $$nproc examples/bytelm/train.py --config $$config --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+	$(BIN)/deepcore run --nproc $$nproc examples/bytelm/train.py --config $$config --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 # ------------------------------------------------------------------------------------------------------------ checking
 

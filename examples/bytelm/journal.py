@@ -21,7 +21,7 @@ class Journal:
         if enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "log.jsonl").write_text("")
-        self.bar = tqdm(total=num_steps, unit="step", disable=not enabled, dynamic_ncols=True)
+        self.bar = tqdm(total=num_steps, unit="step", disable=not enabled, dynamic_ncols=True, mininterval=0.5)
         self.started = self._interval_started = time.perf_counter()
         self._interval_step, self._validation_loss = 0, float("nan")
 
