@@ -38,3 +38,15 @@ def pytest_configure() -> None:
     for name in list(os.environ):
         if name in ("RANK", "WORLD_SIZE") or name.startswith(("LOCAL_", "MASTER_", "OMPI_", "SLURM_", "TORCHELASTIC_")):
             del os.environ[name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where torch finds none."""
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

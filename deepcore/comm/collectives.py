@@ -142,12 +142,12 @@ class TorchTransport:
         return self._landing(work, tensor, flat)
 
     def all_gather_into(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> Pending:
-        out = self._carrier(output)
+        out = self._carrier(output, read=False)
         return self._landing(torch_all_gather(out, self._carrier(input), group=group, async_op=True), output, out)
 
     def reduce_scatter_into(self, output: Tensor, input: Tensor, op: str, group: dist.ProcessGroup) -> Pending:
         _check_reducible(input, "reduce_scatter_into")
-        out = self._carrier(output)
+        out = self._carrier(output, read=False)
         work = torch_reduce_scatter(out, self._carrier(input), op=_OPS[op], group=group, async_op=True)
         return self._landing(work, output, out)
 
@@ -159,7 +159,7 @@ class TorchTransport:
         in_splits: Sequence[int] | None,
         group: dist.ProcessGroup,
     ) -> Pending:
-        out, source = self._carrier(output), self._carrier(input)
+        out, source = self._carrier(output, read=False), self._carrier(input)
         work = dist.all_to_all_single(
             out,
             source,
@@ -176,22 +176,25 @@ class TorchTransport:
     def discard(self, tensor: Tensor) -> None:
         return None
 
-    def _carrier(self, tensor: Tensor) -> Tensor:
-        """The flat tensor that the backend sees in place of ``tensor``: a view where possible, else a host copy."""
+    def _is_staged(self, tensor: Tensor) -> bool:
+        return self._staged and tensor.is_cuda
+
+    def _carrier(self, tensor: Tensor, *, read: bool = True) -> Tensor:
+        """The flat tensor that the backend sees in place of ``tensor``: a view of it, or host memory where staged."""
         flat = tensor.detach().view(-1)
         if flat.dtype not in _NATIVE:
             flat = flat.view(torch.uint8)
-        return flat.cpu() if self._staged and flat.is_cuda else flat
+        if not self._is_staged(tensor):
+            return flat
+        return flat.to("cpu", copy=True) if read else torch.empty(flat.shape, dtype=flat.dtype, device="cpu")
 
     def _landing(self, work: dist.Work | None, tensor: Tensor, carrier: Tensor) -> Pending:
         pending = _issued(work)
-        if carrier.device == tensor.device:
-            return pending
-        return _Staged(pending, tensor, carrier)
+        return _Staged(pending, tensor, carrier) if self._is_staged(tensor) else pending
 
 
 class _Staged:
-    """A collective on a host copy, copied to its device tensor at ``wait``."""
+    """A collective on a host copy, copied to its tensor at ``wait``."""
 
     def __init__(self, pending: Pending, tensor: Tensor, carrier: Tensor) -> None:
         self._pending, self._tensor, self._carrier = pending, tensor, carrier

@@ -199,7 +199,7 @@ def _join(info: LaunchInfo, backend: str | None, timeout: timedelta, init_method
             rank=info.rank,
             world_size=info.size,
             timeout=timeout,
-            device_id=device if backend == "nccl" else None,
+            device_id=device if "nccl" in backend else None,
         )
     except (RuntimeError, ValueError) as error:
         raise _not_formed(info, timeout, error) from error
@@ -238,6 +238,8 @@ def _adopt() -> World:
         local_rank, local_size = info.local_rank, info.local_size
     whole = dist.group.WORLD
     bound = whole.bound_device_id if whole is not None else None
+    if bound is not None:
+        torch.cuda.set_device(bound)
     device = bound or _device(local_rank, dist.get_backend())
     return World(rank, size, local_rank, local_size, device, dist.get_backend(), owned=False)
 

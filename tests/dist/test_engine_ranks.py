@@ -10,11 +10,17 @@ import torch
 import deepcore
 from tests.dist.pool import RankFailedError, run_ranks
 
-CONFIG: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_optimization": {"reduce_bucket_size": 30},
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
-}
+
+def config_for(stage: int = 0) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 30},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+    }
+
+
+CONFIG = config_for()
+STAGES = (0, 1, 2)
 
 
 class Branches(torch.nn.Module):
@@ -34,10 +40,12 @@ def rank() -> int:
     return torch.distributed.get_rank()
 
 
-def train_branches(patterns: list[list[list[int]]], accumulation: int, hold: bool) -> list[torch.Tensor]:
+def train_branches(patterns: list[list[list[int]]], accumulation: int, hold: bool, stage: int) -> list[torch.Tensor]:
     torch.manual_seed(rank())
     model = Branches()
-    engine, *_ = deepcore.initialize(model=model, config={**CONFIG, "gradient_accumulation_steps": accumulation})
+    engine, *_ = deepcore.initialize(
+        model=model, config={**config_for(stage), "gradient_accumulation_steps": accumulation}
+    )
     for step, by_rank in enumerate(patterns):
         for micro in range(accumulation):
             x = torch.randn(2, 5, generator=torch.Generator().manual_seed(100 * step + 10 * micro + rank()))
@@ -81,8 +89,11 @@ def branches_alone(world: int, accumulation: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("hostile", [False, True], ids=["", "hostile"])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(("accumulation", "hold"), [(1, False), (2, False), (2, True)])
-def test_ranks_that_take_different_branches_train(world: int, accumulation: int, hold: bool, hostile: bool) -> None:
-    results = run_ranks(world, train_branches, PATTERNS, accumulation, hold, hostile=hostile)
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_take_different_branches_train(
+    stage: int, world: int, accumulation: int, hold: bool, hostile: bool
+) -> None:
+    results = run_ranks(world, train_branches, PATTERNS, accumulation, hold, stage, hostile=hostile)
     for params in results:
         torch.testing.assert_close(params, branches_alone(world, accumulation), rtol=1e-5, atol=1e-7)
     for params in results[1:]:
@@ -90,10 +101,10 @@ def test_ranks_that_take_different_branches_train(world: int, accumulation: int,
             assert torch.equal(mine, first)
 
 
-def several_losses() -> list[torch.Tensor]:
+def several_losses(stage: int) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = Branches()
-    engine, *_ = deepcore.initialize(model=model, config=CONFIG)
+    engine, *_ = deepcore.initialize(model=model, config=config_for(stage))
     for step in range(3):
         x = torch.randn(2, 5, generator=torch.Generator().manual_seed(10 * step + rank()))
         engine.backward(engine(x, [0, 1, 2]))
@@ -117,8 +128,9 @@ def several_losses_alone() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("hostile", [False, True], ids=["", "hostile"])
-def test_a_second_loss_after_the_reduction_is_reduced_and_added(hostile: bool) -> None:
-    for params in run_ranks(2, several_losses, hostile=hostile):
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_loss_after_the_reduction_is_reduced_and_added(stage: int, hostile: bool) -> None:
+    for params in run_ranks(2, several_losses, stage, hostile=hostile):
         torch.testing.assert_close(params, several_losses_alone(), rtol=1e-5, atol=1e-7)
 
 
@@ -150,10 +162,10 @@ def test_models_that_differ_between_ranks_are_reported_by_name() -> None:
     assert "weight (2, 3)" in caught.value.error_text
 
 
-def nan_on_one_rank() -> tuple[bool, list[torch.Tensor], list[torch.Tensor]]:
+def nan_on_one_rank(stage: int) -> tuple[bool, list[torch.Tensor], list[torch.Tensor]]:
     torch.manual_seed(0)
     model = Branches()
-    engine, *_ = deepcore.initialize(model=model, config=CONFIG)
+    engine, *_ = deepcore.initialize(model=model, config=config_for(stage))
     before = [param.detach().clone() for param in model.parameters()]
     loss = engine(torch.randn(2, 5), [0, 1])
     engine.backward(loss * float("nan") if rank() == 1 else loss)
@@ -161,8 +173,9 @@ def nan_on_one_rank() -> tuple[bool, list[torch.Tensor], list[torch.Tensor]]:
     return engine.was_step_applied(), before, [param.detach().clone() for param in model.parameters()]
 
 
-def test_a_nan_on_one_rank_skips_the_step_on_all() -> None:
-    for applied, before, after in run_ranks(2, nan_on_one_rank):
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_nan_on_one_rank_skips_the_step_on_all(stage: int) -> None:
+    for applied, before, after in run_ranks(2, nan_on_one_rank, stage):
         assert applied is False
         for old, new in zip(before, after, strict=True):
             assert torch.equal(old, new)
