@@ -55,8 +55,14 @@ class Job:
             active=torch.ones(len(numels), dtype=torch.uint8, device=device),
             states={"exp_avg": self.moments, "exp_avg_sq": self.squares},
         )
-        self.hyper = HyperTable(device).refresh([self.ours.hyper_row(self.ours.param_groups[0])])
+        self.table = HyperTable(device)
+        self.set_lr(HYPER["lr"])
         self.one, self.never = torch.ones(1, device=device), torch.zeros(1, device=device)
+
+    def set_lr(self, lr: float) -> None:
+        """Rewrite the hyperparameter row on the device."""
+        self.ours.param_groups[0]["lr"] = lr
+        self.hyper = self.table.refresh([self.ours.hyper_row(self.ours.param_groups[0])])
 
     def torch_adamw(self, kind: str) -> torch.optim.Optimizer:
         """torch's AdamW on the same tensors; ``kind`` is "fused" or "foreach"."""

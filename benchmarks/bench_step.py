@@ -1,7 +1,7 @@
-"""Owns the benchmark of a whole training step: an 11M-parameter GPT on 2 ranks, beside DDP and no communication.
+"""Owns the benchmark of a whole training step: an 11M-parameter GPT beside DDP and no communication.
 
-Knows nothing of what a step does inside. All contenders live in the same processes and take turns, so that each
-meets the same machine; every one clips by the global norm and updates with AdamW.
+Knows nothing of what a step does inside. On the CPU 2 Gloo ranks, on a GPU one NCCL rank. All contenders live in the
+same processes and take turns, so that each meets the same machine; every one clips by the global norm and runs AdamW.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from benchmarks import models
 from benchmarks.harness import OURS, Contender, Options, Result, interleave
 from benchmarks.ranks import run_ranks
 
-NUM_RANKS, ROWS, CLIP, LR = 2, 4, 1.0, 1e-4
+ROWS, CLIP, LR = 4, 1.0, 1e-4
+NUM_RANKS = {"cpu": 2, "cuda": 1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = ("none", "ddp")
 
@@ -24,42 +25,48 @@ Job = tuple[Callable[[], object], Callable[[], object]]  # one step; the end
 
 
 def bench(options: Options) -> Iterator[Result]:
-    """fp32 and bf16; the times are those of the first rank, between two barriers."""
+    """fp32 and bf16; the times are those of the first rank, between two barriers or device synchronisations."""
+    device, ranks = options.device, NUM_RANKS[options.device]
     for dtype in DTYPES:
         names = [name for name in (OURS, *PEERS) if options.wants(name)]
-        arguments = {"names": names, "dtype": dtype, "quick": options.quick, "rounds": options.rounds}
-        samples = run_ranks(NUM_RANKS, "benchmarks.bench_step:compete", arguments, timeout=500)[0]
-        params = {"dtype": dtype, "ranks": NUM_RANKS, "rows per rank": ROWS, "threads": 1, "device": "cpu"}
+        arguments = {"names": names, "dtype": dtype, "device": device, "quick": options.quick, "rounds": options.rounds}
+        samples = run_ranks(ranks, "benchmarks.bench_step:compete", arguments, timeout=500)[0]
+        params = {"dtype": dtype, "ranks": ranks, "rows per rank": ROWS, "threads": 1, "device": device}
         result = Result("step", "tiny" if options.quick else "11M GPT", samples, params)
         if dtype == "bf16":
             result.notes.append("deepcore holds fp32 master weights; ddp and none train bf16 weights alone")
         yield result
 
 
-def compete(names: list[str], dtype: str, quick: bool, rounds: int) -> dict[str, list[float]]:
+def compete(names: list[str], dtype: str, device: str, quick: bool, rounds: int) -> dict[str, list[float]]:
     """On every rank: build all contenders, then let them step in turns."""
-    torch.distributed.init_process_group("gloo")
+    if device == "cuda":
+        torch.cuda.set_device(0)
+        torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", 0))
+    else:
+        torch.distributed.init_process_group("gloo")
+    settle = torch.cuda.synchronize if device == "cuda" else torch.distributed.barrier
     build = models.tiny_gpt if quick else models.gpt_11m
     contenders, closings = [], []
     for name in names:
         torch.manual_seed(0)
-        step, close = STEPS[name](build(), DTYPES[dtype])
-        contenders.append(Contender(name, _sampler(step)))
+        step, close = STEPS[name](build().to(device), DTYPES[dtype])
+        contenders.append(Contender(name, _sampler(step, settle)))
         closings.append(close)
     samples = interleave(contenders, rounds, warmups=3)
     for close in closings:
         close()
-    torch.distributed.barrier()
+    settle()
     torch.distributed.destroy_process_group()
     return samples
 
 
-def _sampler(step: Callable[[], object]) -> Callable[[], float]:
+def _sampler(step: Callable[[], object], settle: Callable[[], object]) -> Callable[[], float]:
     def sample() -> float:
-        torch.distributed.barrier()
+        settle()
         begin = time.perf_counter()
         step()
-        torch.distributed.barrier()
+        settle()
         return time.perf_counter() - begin
 
     return sample
@@ -101,7 +108,8 @@ def _plain(model: models.GPT, dtype: torch.dtype, *, wrap: bool) -> Job:
 
 
 def _batch(model: models.GPT) -> tuple[torch.Tensor, torch.Tensor]:
-    return models.batch(model, ROWS, seed=torch.distributed.get_rank())
+    device = next(model.parameters()).device
+    return models.batch(model, ROWS, seed=torch.distributed.get_rank(), device=device)
 
 
 STEPS: dict[str, Callable[[models.GPT, torch.dtype], Job]] = {
