@@ -50,7 +50,7 @@ def _among(*values: Any) -> Callable[[Any], bool]:
 _FP32 = "fp32 and bf16 (with fp32 masters) train today"
 _REMOVE = "remove it"
 UNBUILT: tuple[Unbuilt, ...] = (
-    Unbuilt("zero_optimization.stage", _above(0), "stage 0 trains today"),
+    Unbuilt("zero_optimization.stage", _above(2), "stages 0 to 2 train today"),
     Unbuilt("zero_optimization.offload_param.device", _other_than("none"), 'use "none"'),
     Unbuilt("zero_optimization.offload_optimizer.device", _other_than("none"), 'use "none"'),
     Unbuilt("zero_optimization.replicate_optimizer", _on, "stage 0 keeps the state whole anyway"),

@@ -21,7 +21,7 @@ from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimiz
 from deepcore.precision.policy import PrecisionPolicy
 from deepcore.sharding.group import FlatGroup, GroupDtypes
 from deepcore.sharding.units import plan_groups
-from deepcore.zero.stage0 import Stage0
+from deepcore.zero import STAGES
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -53,7 +53,7 @@ def build_engine(
     if optimizer is None:
         return Engine(model, None, clock, world, mesh, settings), None
     overlap = settings.zero_optimization.overlap_comm is not False
-    strategy = Stage0(groups, mesh.zero_axis, overlap=overlap)
+    strategy = STAGES[settings.zero_optimization.stage](groups, mesh.zero_axis, overlap=overlap)
     replicas = 1 if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
     core = TrainCore(strategy, optimizer, clock, StepSettings(settings.gradient_clipping, replicas))
     engine = Engine(model, core, clock, world, mesh, settings)
@@ -79,7 +79,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _dtypes_of(param: torch.dtype, policy: PrecisionPolicy) -> GroupDtypes:
-    return GroupDtypes(policy.master_of(param), policy.accumulate_of(param), policy.reduce_of(param))
+    return GroupDtypes(policy.master_of(param), policy.accumulate_of(param), policy.reduce)
 
 
 def _flatten(
@@ -98,7 +98,7 @@ def _flatten(
     axis = mesh.zero_axis
     bound = settings.zero_optimization.reduce_bucket_size
     plans = plan_groups(named, axis=axis.name, param_dtype=policy.param, max_numel=bound)
-    groups = [FlatGroup(plan, 1, _dtypes_of(plan.key.dtype, policy)) for plan in plans]
+    groups = [FlatGroup(plan, axis.size, _dtypes_of(plan.key.dtype, policy)) for plan in plans]
     for group in groups:
         group.adopt()
     return groups

@@ -74,11 +74,10 @@ class TrainCore:
         self.require_alive()
         accumulation = self.clock.accumulation if divide else 1
         seed, rest = split_divisor(accumulation, self.settings.num_replicas, loss.dtype)
-        reduce = self.clock.is_boundary() and not self._hold
         done = False
         try:
             self.strategy.set_divisor(rest)
-            self.strategy.begin_backward(reduce)
+            self.strategy.begin_backward(boundary=self.clock.is_boundary(), hold=self._hold)
             torch.autograd.backward(loss, torch.full_like(loss, seed), retain_graph=retain_graph)
             self.strategy.finish_backward()
             done = True
@@ -99,12 +98,11 @@ class TrainCore:
             raise no_gradients()
         assert self.fresh_report is None, "the engine settles the last step before the next"
         self.strategy.make_boundary()
-        batches = self.strategy.arena.batches
         with torch.no_grad():
-            verdict = judge(batches, max_norm=self.settings.max_norm, unscale=1.0)
+            verdict = judge(self.strategy.measure(), max_norm=self.settings.max_norm, unscale=1.0)
             self.optimizer.update(verdict.grad_scale, verdict.skip)
             self.strategy.publish()
-        self.last_report = self.fresh_report = StepReport(verdict, batches)
+        self.last_report = self.fresh_report = StepReport(verdict, self.strategy.arena.names)
         self.clear()
         self.clock.tick_step()
 

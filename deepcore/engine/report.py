@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 
 from deepcore.optim.clip import GradientVerdict
-from deepcore.sharding.segments import SegmentBatch
 
 
 class StepReport:
@@ -19,9 +18,9 @@ class StepReport:
     On a GPU the numbers travel to pinned memory behind the step's kernels; the first read waits for them.
     """
 
-    def __init__(self, verdict: GradientVerdict, batches: Sequence[SegmentBatch]) -> None:
-        self._batches = batches
-        numbers = torch.cat((verdict.norm.double(), verdict.skip.double(), verdict.summaries[:, 2]))
+    def __init__(self, verdict: GradientVerdict, names: Sequence[str]) -> None:
+        self._names = names
+        numbers = torch.cat((verdict.norm.double(), verdict.skip.double(), verdict.offender))
         self._event: torch.cuda.Event | None = None
         if numbers.device.type == "cuda":
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -51,7 +50,5 @@ class StepReport:
     @property
     def offender(self) -> str | None:
         """The first parameter whose reduced gradient holds inf or nan, or None."""
-        for batch, first in zip(self._batches, self._read()[2:], strict=True):
-            if first >= 0:
-                return batch.table.segments[int(first)].name
-        return None
+        index = int(self._read()[2])
+        return None if index < 0 else self._names[index]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from deepcore.ops.reference import adam, flatten, grad_stats
+from deepcore.ops.reference import adam, bucket, flatten, grad_stats
 
 LIBRARY = torch.library.Library("deepcore", "DEF")
 
 SCHEMAS = {
     "flatten": flatten,
+    "bucket": bucket,
     "grad_stats": grad_stats,
     "adam": adam,
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from deepcore.errors import UsageError
+from deepcore.errors import ConfigError, UsageError
 from deepcore.sharding.arena import ShardArena
 
 
@@ -29,13 +29,14 @@ class ClientOptimizer(Optimizer):
 
     def bind(self, arena: ShardArena, params: Mapping[str, torch.nn.Parameter], full_step: Callable[[], None]) -> None:
         """Let the client update the arena's masters; see ``SegmentOptimizer.bind``."""
+        if not arena.is_whole:
+            raise _needs_whole(self.client)
         self._arena, self._full_step = arena, full_step
         self._targets: list[torch.nn.Parameter] = []  # what the client updates, a parameter per segment
         swapped: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for batch in arena.batches:
             for segment in batch.table.segments:
                 param = params[segment.name]
-                assert segment.numel == param.numel(), "a client's optimizer works on whole parameters"
                 master = batch.params[segment.tensor]
                 if master.dtype != param.dtype:
                     view = master.as_strided(param.shape, param.stride(), segment.begin)
@@ -124,3 +125,12 @@ class ClientOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"ClientOptimizer({self.client!r})"
+
+
+def _needs_whole(client: Optimizer) -> ConfigError:
+    return ConfigError(
+        "this optimizer cannot update parts of parameters",
+        got=f"{type(client).__name__} at a ZeRO stage that shards optimizer state",
+        expected="deepcore.optim.FusedAdam, or Adam or AdamW named in the config",
+        do='use one of them, or set "zero_optimization": {"stage": 0}',
+    )

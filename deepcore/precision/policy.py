@@ -20,7 +20,7 @@ class PrecisionPolicy:
         param: dtype that floating-point parameters are cast to.
         master: dtype of the weights that the optimizer updates.
         accumulate: dtype in which gradients are summed over micro-batches; None is fp32 for 16-bit parameters.
-        reduce: dtype in which gradients travel between ranks; None is the accumulation dtype.
+        reduce: dtype in which gradients travel between ranks; None is the narrowest that loses nothing.
     """
 
     param: torch.dtype | None = None
@@ -37,7 +37,3 @@ class PrecisionPolicy:
         if self.accumulate is not None:
             return self.accumulate
         return torch.float32 if param_dtype in LOW_PRECISION else param_dtype
-
-    def reduce_of(self, param_dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which those gradients travel between ranks."""
-        return self.reduce or self.accumulate_of(param_dtype)

@@ -20,31 +20,38 @@ class ShardArena:
     elsewhere it is a tensor of its own and the slice is the low-precision copy that the update also writes.
 
     Attributes:
-        masters: per group, 1-D, ``layout.shard_numel`` elements.
+        masters: per group, 1-D, ``layout.shard_numel`` elements (all of them if it holds everything).
         grads: per group, 1-D, same size, in the group's accumulation dtype.
         batches: one per combination of dtypes; together they cover every element of the shards once.
-        usage: uint8 (P,), a flag per parameter of all groups in order, the same on every rank: 1 where its
-            gradient arrived on some rank.
+        names: of all parameters of all groups, in order.
+        usage: uint8 (P,), a flag per parameter in that order: 1 where its gradient arrived in this window.
+        params_of: per batch, int64 (S,): the parameter, as an index of ``usage``, of each segment.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], rank: int) -> None:
+    def __init__(self, groups: Sequence[FlatGroup], rank: int | None) -> None:
+        """Hold the shards of ``rank`` on the zero axis, or everything if it is None."""
         self.groups = list(groups)
         self.device = groups[0].key.device if groups else torch.device("cpu")
         self.masters: list[torch.Tensor] = []
         self.grads: list[torch.Tensor] = []
         self._copies: list[torch.Tensor | None] = []
-        self._ranges = [group.layout.shard_range(rank) for group in self.groups]
+        self._ranges = [
+            (0, group.layout.numel) if rank is None else group.layout.shard_range(rank) for group in self.groups
+        ]
         for group, (begin, end) in zip(self.groups, self._ranges, strict=True):
             master_dtype = group.dtypes.master
             source = group.cast()[begin:end]
             weights = group.full[begin:end]
             owned = master_dtype != group.key.dtype
-            self.masters.append(source.to(master_dtype) if owned else weights)
+            whole = end - begin == group.layout.numel
+            # A slice of the old buffer would keep all of it alive.
+            self.masters.append(source.to(master_dtype, copy=not whole) if owned else weights)
             self._copies.append(weights if owned else None)
             self.grads.append(torch.zeros_like(weights, dtype=group.dtypes.accumulate))
-        self.usage = torch.zeros(sum(len(group.params) for group in groups), dtype=torch.uint8, device=self.device)
+        self.names = [name for group in self.groups for name in group.names]
+        self.usage = torch.zeros(len(self.names), dtype=torch.uint8, device=self.device)
         self.batches: list[SegmentBatch] = []
-        self._params_of: list[torch.Tensor] = []
+        self.params_of: list[torch.Tensor] = []
         for members in self._members_by_kind():
             self._add_batch(members)
 
@@ -59,7 +66,7 @@ class ShardArena:
     def _add_batch(self, members: Sequence[int]) -> None:
         table, params_of = self._table(members)
         device = self.masters[members[0]].device
-        self._params_of.append(torch.tensor(params_of, dtype=torch.int64, device=device))
+        self.params_of.append(torch.tensor(params_of, dtype=torch.int64, device=device))
         self.batches.append(
             SegmentBatch(
                 params=[self.masters[index] for index in members],
@@ -85,7 +92,7 @@ class ShardArena:
 
     def activate(self) -> None:
         """Make each batch's ``active`` follow ``usage``, on the device, without a look at either."""
-        for batch, params_of in zip(self.batches, self._params_of, strict=True):
+        for batch, params_of in zip(self.batches, self.params_of, strict=True):
             torch.index_select(self.usage, 0, params_of, out=batch.active)
 
     def allocate_state(self, names: Sequence[str]) -> None:
@@ -98,6 +105,13 @@ class ShardArena:
         """Point every segment at the hyperparameter row of its parameter, given by parameter name."""
         for batch in self.batches:
             batch.table.set_hyper([index_of[segment.name] for segment in batch.table.segments])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds every parameter from end to end."""
+        return all(
+            begin == 0 and end == g.layout.numel for g, (begin, end) in zip(self.groups, self._ranges, strict=True)
+        )
 
     def nbytes(self) -> int:
         """Bytes that this rank holds for training beyond the model's own weights; an aliased master is free."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from deepcore.errors import UsageError
 from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.packer import pack_gradients
 
 
 class GroupGradients:
@@ -38,14 +38,14 @@ class GroupGradients:
             grad, view = param.grad, self.views[index]
             if grad is None or grad is view:
                 continue
-            if grad.layout is not torch.strided:
-                raise _sparse(self.group.names[index], grad)
             if self.live[index]:
                 view.add_(grad)
             else:
                 fresh.append(index)
         if fresh:
-            self._copy(fresh)
+            pack_gradients(self.group, fresh, self.flat)
+            for index in fresh:
+                self.live[index] = True
         self.show()
 
     def show(self) -> None:
@@ -58,25 +58,6 @@ class GroupGradients:
         for param in self.group.params:
             param.grad = None
 
-    def _copy(self, fresh: list[int]) -> None:
-        grads = []
-        for index in fresh:
-            grad, stride = self.group.params[index].grad, self.group.strides[index]
-            assert grad is not None
-            if grad.stride() != stride:
-                grad = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
-            grads.append(grad)
-            self.live[index] = True
-        starts = self.group.starts
-        if len(fresh) != len(starts):
-            starts = starts[fresh]
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for position, grad in enumerate(grads):
-            by_dtype.setdefault(grad.dtype, []).append(position)
-        for positions in by_dtype.values():
-            chosen = starts if len(by_dtype) == 1 else starts[positions]
-            torch.ops.deepcore.flatten_(self.flat, [grads[position] for position in positions], chosen)
-
     def zero_dead(self) -> None:
         """Zero the slots of parameters without a gradient, so that the whole buffer can be summed."""
         for view, live in zip(self.views, self.live, strict=True):
@@ -87,12 +68,3 @@ class GroupGradients:
         """Forget the window: no slot is live and no parameter has a gradient."""
         self.live = [False] * len(self.views)
         self.hide()
-
-
-def _sparse(name: str, grad: torch.Tensor) -> UsageError:
-    return UsageError(
-        f"the gradient of parameter '{name}' is not dense",
-        got=f"layout {grad.layout}",
-        expected="a strided gradient",
-        do="build its module with sparse=False",
-    )

@@ -5,6 +5,7 @@ Knows nothing of parameters or windows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,31 +17,85 @@ from deepcore.comm.mesh import Axis
 @dataclass
 class _Pending:
     work: Work
-    flat: torch.Tensor
-    wire: torch.Tensor
+    complete: Callable[[], None]
+
+
+class BufferPool:
+    """Flat buffers that are used again: fresh memory costs a page fault per 4 KiB."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A 1-D buffer with any content."""
+        for index, buffer in enumerate(self._free):
+            if buffer.numel() == numel and buffer.dtype == dtype and buffer.device == device:
+                return self._free.pop(index)
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take a buffer back."""
+        self._free.append(buffer)
+
+    def release(self) -> None:
+        """Let go of all buffers."""
+        self._free.clear()
 
 
 class GradReducer:
-    """Sums flat buffers over an axis, in place, asynchronously and in the order of the calls."""
+    """Sums flat buffers over an axis, asynchronously and in the order of the calls.
+
+    A scatter is an all-to-all and a sum of our own, in fp32 and in rank order: 16 bits may travel while 32 are
+    summed, and the bits do not depend on how a library cuts its rings.
+    """
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
         self._pending: list[_Pending] = []
+        self.buffers = BufferPool()
 
-    def launch(self, flat: torch.Tensor, dtype: torch.dtype) -> None:
-        """Begin to replace ``flat`` (1-D) by its sum over the axis; ``dtype`` is what travels."""
-        if self.axis.size == 1:
-            return
-        wire = flat if flat.dtype == dtype else flat.to(dtype)
-        self._pending.append(_Pending(self.axis.all_reduce(wire, op="sum"), flat, wire))
+    def launch_all(self, flat: torch.Tensor, dtype: torch.dtype, divisor: float) -> None:
+        """Begin to replace ``flat`` (1-D) by its sum over the axis, divided; ``dtype`` is what travels."""
+        wire = flat if flat.dtype == dtype or self.axis.size == 1 else flat.to(dtype)
+        work = self.axis.all_reduce(wire, op="sum")
 
-    def drain(self) -> None:
-        """Complete everything launched. On a GPU only the current stream waits."""
-        pending, self._pending = self._pending, []
-        for item in pending:
+        def complete() -> None:
+            if wire is not flat:
+                flat.copy_(wire)
+            if divisor != 1:
+                flat.div_(divisor)
+
+        self._pending.append(_Pending(work, complete))
+
+    def launch_shard(
+        self, wire: torch.Tensor, out: torch.Tensor, *, accumulate: bool, divisor: float, done: Callable[[], None]
+    ) -> None:
+        """Begin to put this rank's shard of the sum of ``wire`` over the axis into ``out``, divided.
+
+        Args:
+            wire: 1-D (size * n,), in the dtype that travels; not to be touched until ``done`` is called.
+            out: 1-D (n,).
+            accumulate: add to ``out``.
+            divisor: of the sum.
+            done: called when ``wire`` is free again.
+        """
+        landing = self.buffers.take(wire.numel(), wire.dtype, wire.device) if self.axis.size > 1 else wire
+        work = self.axis.all_to_all_into(landing, wire)
+
+        def complete() -> None:
+            torch.ops.deepcore.bucket_sum_(out, landing, accumulate, divisor)
+            if landing is not wire:
+                self.buffers.give(landing)
+            done()
+
+        self._pending.append(_Pending(work, complete))
+
+    def drain(self, leave: int = 0) -> None:
+        """Complete what was launched, but for the last ``leave``. On a GPU only the current stream waits."""
+        while len(self._pending) > leave:
+            item = self._pending.pop(0)
             item.work.wait()
-            if item.wire is not item.flat:
-                item.flat.copy_(item.wire)
+            item.complete()
 
     @property
     def in_flight(self) -> bool:

@@ -14,6 +14,7 @@ from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.gradients import GroupGradients
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.reducer import GradReducer
+from deepcore.sharding.statistics import GradientStatistics, interpret, read_gradients
 from deepcore.zero.hooks import GradientHooks
 from deepcore.zero.strategy import ZeroStrategy
 
@@ -27,7 +28,7 @@ class Stage0(ZeroStrategy):
 
     def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool) -> None:
         self.groups = list(groups)
-        self.arena = ShardArena(self.groups, 0)
+        self.arena = ShardArena(self.groups, None)
         self._axis = axis
         self._reducer = GradReducer(axis)
         self._hooks = GradientHooks(self.groups, self._group_ready, eager=overlap)
@@ -48,13 +49,13 @@ class Stage0(ZeroStrategy):
     def _current(self) -> list[GroupGradients]:
         return self._extras or self._sums
 
-    def begin_backward(self, reduce: bool) -> None:
+    def begin_backward(self, *, boundary: bool, hold: bool) -> None:
         if self._reduced and not self._extras:
             self._extras = [GroupGradients(total.group, torch.zeros_like(total.flat)) for total in self._sums]
             for total in self._sums:
                 total.hide()
-        self._reducing = reduce
-        self._hooks.begin(reduce)
+        self._reducing = boundary and not hold
+        self._hooks.begin(self._reducing)
 
     def set_divisor(self, divisor: float) -> None:
         if self._unreduced and divisor != self._divisor:
@@ -81,7 +82,7 @@ class Stage0(ZeroStrategy):
         gradients = self._current[number]
         gradients.fold()
         gradients.zero_dead()
-        self._reducer.launch(gradients.flat, gradients.group.dtypes.reduce)
+        self._reducer.launch_all(gradients.flat, gradients.group.dtypes.reduce or gradients.flat.dtype, self._divisor)
 
     def _complete(self) -> None:
         """Agree on which parameters were used by any rank, wait for the sums, and add those of extra passes."""
@@ -90,9 +91,6 @@ class Stage0(ZeroStrategy):
         agreement = self._axis.all_reduce(used, op="max")
         self._reducer.drain()
         agreement.wait()
-        if self._divisor != 1.0:
-            for gradients in self._current:
-                gradients.flat.div_(self._divisor)
         for total, extra in zip(self._sums, self._extras, strict=False):
             total.flat.add_(extra.flat)
             total.live = [a or b for a, b in zip(total.live, extra.live, strict=True)]
@@ -115,6 +113,9 @@ class Stage0(ZeroStrategy):
         untouched = not self._reducer.in_flight
         self.clear()
         return untouched
+
+    def measure(self) -> GradientStatistics:
+        return interpret(read_gradients(self.arena), self.arena)
 
     def publish(self) -> None:
         """Nothing to bring up to date: the update wrote every weight on every rank."""

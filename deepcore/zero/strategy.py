@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from deepcore.sharding.arena import ShardArena
+from deepcore.sharding.statistics import GradientStatistics
 
 
 class ZeroStrategy(ABC):
@@ -27,8 +28,13 @@ class ZeroStrategy(ABC):
         """Remove the hooks; the module's parameters stay usable."""
 
     @abstractmethod
-    def begin_backward(self, reduce: bool) -> None:
-        """A backward pass starts; ``reduce`` says whether its end is a boundary."""
+    def begin_backward(self, *, boundary: bool, hold: bool) -> None:
+        """A backward pass starts.
+
+        Args:
+            boundary: it is the last one before a step, as far as is known.
+            hold: the user asked for no communication in it.
+        """
 
     @abstractmethod
     def set_divisor(self, divisor: float) -> None:
@@ -45,6 +51,10 @@ class ZeroStrategy(ABC):
     @abstractmethod
     def abandon(self) -> bool:
         """A backward raised: drop the window. True if no collective was begun, so that training can go on."""
+
+    @abstractmethod
+    def measure(self) -> GradientStatistics:
+        """Read the reduced gradients once and agree on them with the ranks that hold other shards. Collective."""
 
     @abstractmethod
     def publish(self) -> None:

@@ -28,6 +28,7 @@ class Case:
     lr: float = 1e-2
     eps: float = 1e-8
     weight_decay: float = 0.1
+    stage: int = 0
 
     def config(self) -> dict[str, object]:
         params: dict[str, object] = {"lr": self.lr, "weight_decay": self.weight_decay}
@@ -40,6 +41,7 @@ class Case:
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.clip,
             "bf16": {"enabled": self.bf16},
+            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 300},
             "optimizer": {"type": self.optimizer, "params": params},
         }
 

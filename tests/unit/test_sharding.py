@@ -63,7 +63,7 @@ def test_adopt_keeps_values_identity_and_strides() -> None:
 def test_masters_keep_the_bits_that_the_cast_loses() -> None:
     named = params((33,), (4, 4))
     exact = [param.detach().clone() for _, param in named]
-    arena = ShardArena([one_group(named, torch.bfloat16)], 0)
+    arena = ShardArena([one_group(named, torch.bfloat16)], None)
     group = arena.groups[0]
     for param, master, value in zip(group.params, group.views(arena.masters[0]), exact, strict=True):
         assert param.dtype == torch.bfloat16
@@ -73,7 +73,7 @@ def test_masters_keep_the_bits_that_the_cast_loses() -> None:
 
 
 def test_fp32_masters_are_the_weights_themselves() -> None:
-    arena = ShardArena([one_group(params((5,)))], 0)
+    arena = ShardArena([one_group(params((5,)))], None)
     assert arena.masters[0].data_ptr() == arena.groups[0].full.data_ptr()
     assert arena.batches[0].copies == []
     assert arena.nbytes() == arena.grads[0].nbytes
@@ -98,7 +98,7 @@ def test_chunk_offsets_pass_over_tensors_without_segments() -> None:
 def test_gradients_fold_over_micro_batches(dtype: torch.dtype) -> None:
     named = params((3, 4), (5,), ())
     group = one_group(named, dtype)
-    arena = ShardArena([group], 0)
+    arena = ShardArena([group], None)
     gradients = GroupGradients(group, arena.grads[0])
     first, second, unused = group.params
     (2 * first).sum().backward()

@@ -1,0 +1,15 @@
+"""Owns stage 1's rule: optimizer state in shards, local gradients whole until the boundary.
+
+Knows nothing of how gradients travel.
+"""
+
+from __future__ import annotations
+
+from deepcore.zero.sharded import ShardedGradients
+
+
+class Stage1(ShardedGradients):
+    """Reduces once a window: least communication, a full local gradient while it accumulates."""
+
+    def reduces(self, boundary: bool) -> bool:
+        return boundary

@@ -1,0 +1,41 @@
+"""Stages whose state is in shards train like the single-process reference, and like each other."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from deepcore.optim import FusedAdam
+from tests.dist.pool import run_ranks
+from tests.parity.reference import Case, train_reference, worst_difference
+from tests.parity.training import train
+
+STAGES = (1, 2)
+CASES = [
+    Case(stage=stage, world=world, bf16=bf16, accumulation=accumulation, clip=clip)
+    for stage, world, bf16, accumulation, clip in itertools.product(
+        STAGES, (1, 2, 3), (False, True), (1, 3), (0.0, 0.3)
+    )
+]
+
+
+def limit(case: Case) -> float:
+    """Zero where the sums have one order only; stage 2 adds ranks before micro-batches, the reference after."""
+    if case.world == 1 or (case.world == 2 and (case.stage == 1 or case.accumulation == 1)):
+        return 0.0
+    return 1e-3 if case.bf16 else 1e-6
+
+
+@pytest.mark.parametrize("hostile", [False, True], ids=["", "hostile"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference_slice_by_slice(case: Case, hostile: bool) -> None:
+    results = run_ranks(case.world, train, case, hostile=hostile)
+    expected = train_reference(case, lambda ps: FusedAdam(ps, lr=case.lr, eps=case.eps, weight_decay=0.1))
+    for result in results:
+        assert all(result["applied"])
+        difference, name = worst_difference(result["weights"], expected)
+        assert difference <= limit(case), f"{name} differs by {difference}"
+    for result in results[1:]:
+        assert worst_difference(result["weights"], results[0]["weights"])[0] == 0.0
+        assert result["norms"] == results[0]["norms"]
