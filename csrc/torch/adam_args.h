@@ -28,17 +28,31 @@ inline void require_state(const char* name, const TensorList& list, const Tensor
     require_companion(name, list, "params", params);
 }
 
+inline std::vector<AdamTensor> addresses(const AdamLists& lists) {
+    std::vector<AdamTensor> tensors(lists.params.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        tensors[i].param = lists.params[i].data_ptr();
+        tensors[i].grad = lists.grads[i].data_ptr();
+        tensors[i].exp_avg = static_cast<float*>(lists.exp_avgs[i].data_ptr());
+        tensors[i].exp_avg_sq = static_cast<float*>(lists.exp_avg_sqs[i].data_ptr());
+        tensors[i].copy = lists.copies.empty() ? nullptr : lists.copies[i].data_ptr();
+    }
+    return tensors;
+}
+
 // No two of the five memories that one parameter's update walks may meet.
-inline void require_apart(const AdamLists& lists) {
+inline void require_apart(const std::vector<AdamTensor>& tensors, const AdamLists& lists) {
     const char* const names[] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "copies"};
-    const TensorList* const all[] = {&lists.params, &lists.grads, &lists.exp_avgs, &lists.exp_avg_sqs, &lists.copies};
     const int used = lists.copies.empty() ? 4 : 5;
-    for (size_t i = 0; i < lists.params.size(); ++i) {
-        Range ranges[5];
-        for (int k = 0; k < used; ++k) {
-            ranges[k] = range_of((*all[k])[i]);
+    const int64_t sizes[] = {bytes_of(float_dtype("params", lists.params)), bytes_of(float_dtype("grads", lists.grads)),
+                             4, 4, 2};
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        const AdamTensor& tensor = tensors[i];
+        const void* const starts[] = {tensor.param, tensor.grad, tensor.exp_avg, tensor.exp_avg_sq, tensor.copy};
+        const int64_t numel = lists.params[i].numel();
+        for (int k = 1; k < used; ++k) {
             for (int j = 0; j < k; ++j) {
-                if (!ranges[k].overlaps(ranges[j])) continue;
+                if (!range_at(starts[k], numel * sizes[k]).overlaps(range_at(starts[j], numel * sizes[j]))) continue;
                 fail("%s[%zu]: got memory that overlaps %s[%zu], expected memory of its own", names[k], i, names[j], i);
             }
         }
@@ -56,19 +70,6 @@ inline void require_lists(const AdamLists& lists, Device device) {
     if (!lists.copies.empty() && lists.copies[0].scalar_type() == ScalarType::Float) {
         fail("copies: got float32, expected bfloat16 or float16");
     }
-    require_apart(lists);
-}
-
-inline std::vector<AdamTensor> addresses(const AdamLists& lists) {
-    std::vector<AdamTensor> tensors(lists.params.size());
-    for (size_t i = 0; i < tensors.size(); ++i) {
-        tensors[i].param = lists.params[i].data_ptr();
-        tensors[i].grad = lists.grads[i].data_ptr();
-        tensors[i].exp_avg = static_cast<float*>(lists.exp_avgs[i].data_ptr());
-        tensors[i].exp_avg_sq = static_cast<float*>(lists.exp_avg_sqs[i].data_ptr());
-        tensors[i].copy = lists.copies.empty() ? nullptr : lists.copies[i].data_ptr();
-    }
-    return tensors;
 }
 
 inline AdamCall adam_call(const AdamLists& lists, const AdamTables& tables, Device device) {
@@ -82,6 +83,7 @@ inline AdamCall adam_call(const AdamLists& lists, const AdamTables& tables, Devi
 
     AdamCall call{
         addresses(lists), empty(rows * sizeof(AdamScalars), aoti_torch_dtype_uint8(), device), {}, table.num_chunks};
+    require_apart(call.tensors, lists);
     AdamArgs& args = call.args;
     args.param_dtype = float_dtype("params", lists.params);
     args.grad_dtype = float_dtype("grads", lists.grads);

@@ -32,6 +32,13 @@ using TensorList = std::vector<Tensor>;
     throw std::runtime_error(text);
 }
 
+// Cheaper to compare than Tensor::scalar_type(), which translates it.
+inline int32_t dtype_code(const Tensor& tensor) {
+    int32_t code;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+    return code;
+}
+
 struct Text {  // a short string without an allocation
     char text[160];
 };

@@ -24,8 +24,7 @@ inline void require_flat(const Tensor& flat) {
 }
 
 // A tensor that already lies at its place in the buffer is fine; any other sharing would be a race.
-inline void require_outside(const Tensor& tensor, size_t index, const Range& flat, const char* place) {
-    const Range range = range_of(tensor);
+inline void require_outside(const Range& range, size_t index, const Range& flat, const char* place) {
     if (range.overlaps(flat) && range.begin != place) {
         fail("tensors[%zu]: got memory inside flat, away from its own start, expected memory of its own", index);
     }
@@ -64,8 +63,9 @@ inline FlattenCall flatten_call(const Tensor& flat, const TensorList& tensors, c
     const int64_t* start_of = table_of<const int64_t>("starts", starts, ScalarType::Long, {count}, cpu_device());
 
     FlattenCall call{std::vector<Copy>(tensors.size()), flatten_types(flat, tensors, direction), 0};
-    const Range range = range_of(flat);
     const int64_t size = static_cast<int64_t>(flat.element_size()), flat_numel = flat.numel();
+    const int64_t part_size = tensors.empty() ? 0 : static_cast<int64_t>(tensors[0].element_size());
+    const Range range = range_at(flat.data_ptr(), flat_numel * size);
     int64_t covered = 0;  // end of the tensor before: starts usually ascend, and then overlap is cheap to see
     for (size_t i = 0; i < tensors.size(); ++i) {
         const int64_t numel = tensors[i].numel(), start = require_start(start_of, i, numel, flat_numel);
@@ -75,8 +75,8 @@ inline FlattenCall flatten_call(const Tensor& flat, const TensorList& tensors, c
         }
         covered = start + numel;
         char* const place = const_cast<char*>(range.begin) + start * size;
-        require_outside(tensors[i], i, range, place);
         void* const memory = tensors[i].data_ptr();
+        require_outside(range_at(memory, numel * part_size), i, range, place);
         const bool into_flat = direction == Direction::flatten;
         call.copies[i] = {into_flat ? place : memory, into_flat ? memory : place, numel, call.numel};
         call.numel += numel;

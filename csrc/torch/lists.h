@@ -45,13 +45,14 @@ inline void require_length(const char* name, const TensorList& list, size_t leng
 
 // Checks that every tensor is dense, on `device`, of the first one's dtype.
 inline void require_list(const char* name, const TensorList& list, Device device) {
+    const int32_t dtype = list.empty() ? 0 : dtype_code(list[0]);
     for (size_t i = 0; i < list.size(); ++i) {
         const Tensor& tensor = list[i];
         if (!(device_of(tensor) == device)) {
             fail("%s[%zu]: got a tensor on %s, expected %s", name, i, describe(device_of(tensor)).text,
                  describe(device).text);
         }
-        if (tensor.scalar_type() != list[0].scalar_type()) {
+        if (dtype_code(tensor) != dtype) {
             fail("%s[%zu]: got %s, expected %s as in %s[0]", name, i, dtype_name(tensor.scalar_type()),
                  dtype_name(list[0].scalar_type()), name);
         }
@@ -81,6 +82,8 @@ inline DType float_dtype(const char* name, const Tensor& tensor) {
     }
 }
 
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 inline DType float_dtype(const char* name, const TensorList& list) {
     return list.empty() ? DType::f32 : float_dtype(name, list[0]);
 }
@@ -109,9 +112,9 @@ struct Range {  // bytes [begin, end)
     }
 };
 
-inline Range range_of(const Tensor& tensor) {
-    const char* begin = static_cast<const char*>(tensor.data_ptr());
-    return {begin, begin + tensor.numel() * tensor.element_size()};
+inline Range range_at(const void* memory, int64_t nbytes) {
+    const char* const begin = static_cast<const char*>(memory);
+    return {begin, begin + nbytes};
 }
 
 }  // namespace DEEPCORE_HIDDEN binding
