@@ -241,7 +241,7 @@ def test_every_unplanned_setting_is_refused_with_its_reason_when_it_is_used(path
 
 
 REQUESTS: dict[str, dict[str, Any]] = {
-    "zero_optimization.stage": {"zero_optimization": {"stage": 2}},
+    "zero_optimization.stage": {"zero_optimization": {"stage": 3}},
     "zero_optimization.offload_param.device": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
     "zero_optimization.offload_optimizer.device": {
         "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}
