@@ -67,25 +67,25 @@ $(VENV)/torch.stamp: $(VENV)/constraints.txt
 	fi
 	@touch $@
 
-# $(call install,EXTRAS,MORE): deepcore in place with its extras; without the network where all is there already
+# $(call install,EXTRAS): deepcore in place with its extras; without the network where all is there already
 define install
-	@if ! $(INSTALL) --no-index --no-build-isolation -e '.[$(1)]' $(2) 2>/dev/null; then \
+	@if ! $(INSTALL) --no-index --no-build-isolation -e '.[$(1)]' 2>/dev/null; then \
 	    echo "Installing deepcore[$(1)]" && \
 	    $(INSTALL) 'setuptools>=77' wheel && \
-	    $(INSTALL) --no-build-isolation -e '.[$(1)]' $(2); \
+	    $(INSTALL) --no-build-isolation -e '.[$(1)]'; \
 	fi
 	@touch $@
 endef
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt
 
 $(VENV)/train.stamp: $(SPEC) $(VENV)/torch.stamp
-	$(call install,jit$(,)examples,)
+	$(call install,jit$(,)examples)
 
 $(VENV)/test.stamp: $(VENV)/train.stamp
-	$(call install,jit$(,)examples$(,)test,cmake)
+	$(call install,jit$(,)examples$(,)test)
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
-	$(call install,jit$(,)examples$(,)test$(,)lint,)
+	$(call install,jit$(,)examples$(,)test$(,)lint)
 
 , := ,
 
