@@ -31,7 +31,10 @@ def main(argv: list[str]) -> None:
     if error_file is not None:
         threading.Thread(target=_follow_failure, args=(Path(error_file),), daemon=True).start()
     with _Witness(error_file):
-        _run_module(argv[1:]) if argv[0] == "--module" else _run_script(argv)
+        if argv[0] == "--module":
+            _run_module(argv[1:])
+        else:
+            _run_script(argv)
 
 
 class _Witness:
@@ -57,10 +60,10 @@ class _Witness:
 
 def _run_script(argv: list[str]) -> None:
     """What ``python script.py args...`` does, in this process."""
-    path = argv[0]
+    path = os.path.abspath(argv[0])
     sys.argv[:] = argv
     sys.path[0] = str(Path(path).resolve().parent)
-    with io.open_code(str(Path(path).resolve())) as file:
+    with io.open_code(path) as file:
         code = compile(file.read(), path, "exec")
     module = ModuleType("__main__")
     module.__file__ = path

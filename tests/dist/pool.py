@@ -24,6 +24,7 @@ import torch.distributed as dist
 from tests.dist.worker import Answer, Call
 
 REPO = Path(__file__).resolve().parents[2]
+START_LIMIT = 120.0  # seconds for a process to import torch on a busy machine
 GRACE = 2.0  # seconds that the other ranks get to end by themselves once one has failed
 LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "SLURM_", "TORCHELASTIC_", "LOCAL_", "MASTER_", "GROUP_", "ROLE_")
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "DEEPCORE_TIMEOUT", "DEEPSPEED_TIMEOUT")
@@ -90,8 +91,7 @@ class Pool:
         self._server: dist.TCPStore | None = None
 
     def run(self, world_size: int, job: bytes, options: dict[str, Any]) -> list[Any]:
-        while len(self._ranks) < world_size:
-            self._ranks.append(Rank(self._gpu))
+        self._start(world_size)
         if self._server is None:
             self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._serial += 1
@@ -110,6 +110,17 @@ class Pool:
         if error is not None:
             raise error
         return [pickle.loads(answers[index].value) for index in range(world_size)]
+
+    def _start(self, world_size: int) -> None:
+        """Have that many live processes; their start does not count against a call's time limit."""
+        for index, rank in enumerate(self._ranks):
+            if rank.has_ended():
+                rank.kill()
+                self._ranks[index] = Rank(self._gpu)
+        while len(self._ranks) < world_size:
+            self._ranks.append(Rank(self._gpu))
+        for rank in self._ranks:
+            rank.await_start()
 
     def _collect(self, answers: dict[int, Answer], busy: dict[int, Rank], timeout: float) -> None:
         """Move ranks out of ``busy`` as they end; once one has failed the others get a short grace."""
@@ -174,6 +185,7 @@ class Rank:
     def __init__(self, gpu: bool) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="deepcore-rank-"))
         self.pipe, theirs = Pipe()
+        self._started = False
         self._said = 0  # bytes of output that belong to earlier calls
         command = [sys.executable, "-m", "tests.dist.worker", str(theirs.fileno()), str(self._folder / "stacks")]
         with (self._folder / "output").open("wb") as output:
@@ -188,6 +200,18 @@ class Rank:
                 start_new_session=True,  # Ctrl-C is for the parent, which then ends us
             )
         theirs.close()
+
+    def await_start(self) -> None:
+        """Return when the process has imported what it needs; RankDiedError where it does not get there."""
+        if self._started:
+            return
+        if not self.pipe.poll(START_LIMIT) or self.receive()[0] != "ready":
+            self.kill()
+            raise RankDiedError(f"a rank's process did not start within {START_LIMIT:g} s")
+        self._started = True
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def send(self, call: Call) -> None:
         self._said = (self._folder / "output").stat().st_size

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,17 @@ def test_a_killed_rank_is_reported_with_its_output(ranks):
     with pytest.raises(RankDiedError, match="signal SIGKILL") as caught:
         ranks(2, die_on, 0)
     assert "about to end" in str(caught.value)
+
+
+def test_a_process_that_died_between_calls_is_replaced(ranks):
+    before = ranks(2, process_id)
+    os.kill(before[1], signal.SIGKILL)
+    until = time.monotonic() + 60
+    while ") Z " not in Path(f"/proc/{before[1]}/stat").read_text():
+        assert time.monotonic() < until
+    after = ranks(2, process_id)
+    assert after[0] == before[0]
+    assert after[1] != before[1]
 
 
 def test_exit_and_unpicklable_values_are_failures(ranks):

@@ -64,6 +64,11 @@ def test_ranks_run_the_script_and_rank_0_is_heard(launch):
             print("rank", rank, "of", os.environ["WORLD_SIZE"], sys.argv, __name__, os.environ["OMP_NUM_THREADS"])
             print("warning", rank, file=sys.stderr)
             assert sys.path[0] == os.getcwd()
+            assert __file__ == os.path.abspath("script.py")
+            import pickle
+            class Batch:
+                pass
+            assert isinstance(pickle.loads(pickle.dumps(Batch())), Batch)
             """,
             "--lr",
             "0.1",

@@ -72,6 +72,7 @@ def main(fd: int, stacks: str) -> None:
         torch.set_num_threads(1)
         gc.freeze()  # what is imported by now need not be walked after every call
         with Connection(fd) as pipe, contextlib.suppress(EOFError):
+            pipe.send_bytes(pickle.dumps(("ready", None)))
             while True:
                 call: Call = pickle.loads(pipe.recv_bytes())
                 answer = _answer(call, pipe)
