@@ -46,6 +46,13 @@ def tensor(numel: int, dtype: torch.dtype, *, offset: int = 0, seed: int = 0, sc
     return values.to(dtype)[offset:]
 
 
+def moved(source: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy on a device, at the same offset into a storage of its own."""
+    storage = torch.empty(source.untyped_storage().nbytes() // source.element_size(), dtype=source.dtype, device=device)
+    storage.copy_(source.as_strided(storage.shape, (1,), 0))
+    return storage.as_strided(source.shape, source.stride(), source.storage_offset())
+
+
 def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
     """Equal bit for bit; any NaN equals any other NaN, since IEEE 754 leaves its payload open."""
     if got.dtype != expected.dtype or got.shape != expected.shape:

@@ -10,9 +10,9 @@ import math
 
 import pytest
 import torch
-from tables import FLOATS, ODD_SIZES, same_bits, tensor
 
 from deepcore.ops.reference import flatten as reference
+from tests.kernels.tables import FLOATS, ODD_SIZES, same_bits, tensor
 
 STREAMED = (1 << 22) + 13  # elements: large enough for stores around the caches
 

@@ -10,10 +10,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tables import FLOATS, ODD_SIZES, same_bits, table, tensor, whole
 
 from deepcore.ops.reference import grad_stats as reference
 from deepcore.ops.reference.segments import CHUNK_NUMEL
+from tests.kernels.tables import FLOATS, ODD_SIZES, same_bits, table, tensor, whole
 
 ROUNDING = 2.0**-53
 SUMS_IN_A_ROW = CHUNK_NUMEL / 32 + 5 + 64 + 4  # a lane, the fold of the lanes, the chunks, the segments

@@ -1,0 +1,1 @@
+"""Native kernels against their references, bit for bit, on the CPU."""
