@@ -17,18 +17,16 @@ if TYPE_CHECKING:
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _STATUS_HELP = "tell for every op and device: reference, JIT-built or prebuilt, and why"
-_BUILD_HELP = "build now what would be built at the first use, and say so only where there is something to do"
 _CLEAN_HELP = "remove all compiled libraries from the cache; they are built again when needed"
 
 
 def add_parser(subparsers: SubParsers) -> None:
-    """Declare ``deepcore ops status [--build] [--json]``, ``deepcore ops build`` and ``deepcore ops clean``."""
+    """Declare ``deepcore ops status [--build] [--json]`` and ``deepcore ops clean``."""
     parser = subparsers.add_parser("ops", help="show, build or clear the native ops", allow_abbrev=False)
     actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
     status = actions.add_parser("status", help=_STATUS_HELP, description=_STATUS_HELP, allow_abbrev=False)
     status.add_argument("--build", action="store_true", help="build and load what is not built yet, and test each op")
     status.add_argument("--json", action="store_true", help="print a JSON list, one object per op and device")
-    actions.add_parser("build", help=_BUILD_HELP, description=_BUILD_HELP, allow_abbrev=False)
     actions.add_parser("clean", help=_CLEAN_HELP, description=_CLEAN_HELP, allow_abbrev=False)
 
 
@@ -36,9 +34,6 @@ def run(args: argparse.Namespace) -> int:
     """Do it; 0 also where references serve, since everything trains on them."""
     if args.action == "clean":
         return _clean()
-    if args.action == "build":
-        _load_all()
-        return 0
     return _status(args.build, args.json)
 
 
@@ -46,7 +41,8 @@ def _status(build: bool, as_json: bool) -> int:
     from deepcore.ops import library
 
     if build:
-        _load_all()
+        for device in library.DEVICES:
+            library.load(device)
     found = library.status()
     if as_json:
         rows = [{**dataclasses.asdict(one), "path": str(one.path) if one.path else None} for one in found]
@@ -66,13 +62,6 @@ def table(found: list[OpStatus]) -> str:
     ]
     lines += [f"{device}: {path}" for device, path in dict.fromkeys((one.device, one.path) for one in found) if path]
     return "\n".join(lines) + "\n"
-
-
-def _load_all() -> None:
-    from deepcore.ops import library
-
-    for device in library.DEVICES:
-        library.load(device)
 
 
 def _clean() -> int:

@@ -218,8 +218,13 @@ def _key(job: Job) -> str:
     return f"{job.spec.name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}"
 
 
+def speaks() -> bool:
+    """Whether this process is the one that says what would hold for every rank of the machine."""
+    return not any(env.integer(name) for name in ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"))
+
+
 def _tell_waiting(job: Job, holder: str) -> None:
-    if not env.integer("LOCAL_RANK", 0):
+    if speaks():
         log.logger().info(f"waiting for {holder}, which is building the {job.label} ...")
 
 

@@ -279,6 +279,6 @@ def _capabilities(device: str) -> list[tuple[int, int]]:
 
 
 def _warn(device: str, message: str) -> None:
-    if not env.integer("LOCAL_RANK", 0):
+    if build.speaks():
         text = f"{device.upper()} ops run on their pure-torch references, with the same results but slower. {message}"
         log.warn_once(f"ops.{device}", text)

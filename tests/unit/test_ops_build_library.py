@@ -69,9 +69,10 @@ def test_without_a_compiler_the_references_serve_with_one_warning(tmp_path: Path
     assert "apt install g++" in said
 
 
-def test_on_other_ranks_of_a_machine_nothing_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"])
+def test_on_other_ranks_of_a_machine_nothing_is_said(tmp_path: Path, variable: str) -> None:
     code = 'print(json.dumps(kinds(library.load("cpu"))))'
-    result, said = python(tmp_path, code, PATH="/nonexistent", CXX="", LOCAL_RANK="1")
+    result, said = python(tmp_path, code, PATH="/nonexistent", CXX="", **{variable: "1"})
     assert result == ["reference"]
     assert said == ""
 
