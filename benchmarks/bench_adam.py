@@ -1,15 +1,17 @@
-"""Owns the benchmark of ``adam_``: one AdamW step, alone and as the whole optimizer phase with clipping.
+"""Owns the benchmark of ``adam_``: one AdamW step, alone and as the whole optimizer phase of an engine.
 
-Knows nothing of the formula. All contenders share one set of tensors, so that none has the better pages. Least
-traffic in fp32: gradient read, parameter and two moments read and written, 28 bytes an element.
+Knows nothing of the formula. Contenders of a case share one set of tensors, so that none has the better pages. Least
+traffic in fp32: gradient read, parameter and two moments read and written, 28 bytes an element; clipping reads 4 more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+import deepcore
 from benchmarks import tensors, traffic
 from benchmarks.harness import OURS, Options, Result, at_threads, compare
 from deepcore.optim.adam import FusedAdam
@@ -17,7 +19,8 @@ from deepcore.optim.clip import judge
 from deepcore.optim.hyper import HyperTable
 from deepcore.sharding.segments import SegmentBatch
 
-HYPER = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+CLIP = 1.0
 
 
 def bench(options: Options) -> Iterator[Result]:
@@ -25,35 +28,69 @@ def bench(options: Options) -> Iterator[Result]:
     for case, numels in tensors.sizes(options).items():
         if options.device == "cuda":
             numels = [max(1, numel // 2) for numel in numels]  # four buffers of each
-        job = Job(numels, options)
+        step = Step(numels, options)
         for threads in at_threads(options):
-            yield job.measure(f"step {case}", job.steps(), threads)
-            yield job.measure(f"clip+step {case}", job.phases(), threads)
+            yield _measure(f"step {case}", step.runs(), numels, 28, options, threads)
+        del step
+        phase = Phase(numels, options)
+        for threads in at_threads(options):
+            yield _measure(f"clip+step {case}", phase.runs(), numels, 32, options, threads)
+        phase.end()
 
 
-class Job:
-    """One list of fp32 parameters with gradients and moments, and the optimizers that share them."""
+def _measure(
+    case: str,
+    runs: dict[str, Callable[[], object]],
+    numels: list[int],
+    per_element: int,
+    options: Options,
+    threads: int,
+) -> Result:
+    numel, device = sum(numels), options.device
+    params = {"dtype": "fp32", "tensors": len(numels), "numel": numel, "threads": threads, "device": device}
+    limit = None
+    if case.endswith("large"):
+        flats = [torch.zeros(numel, device=device) for _ in range(4)]
+        limit = traffic.update(flats[0], flats[1], flats[2:])
+    return compare("adam", case, runs, options, params=params, nbytes=per_element * numel, limit=limit)
+
+
+def torch_adamw(
+    kind: str, moments: dict[torch.nn.Parameter, tuple[torch.Tensor, torch.Tensor]], device: str
+) -> torch.optim.Optimizer:
+    """torch's AdamW over parameters and moments that are there already; ``kind`` is "fused" or "foreach"."""
+    optimizer = torch.optim.AdamW(list(moments), **HYPER, **{kind: True})
+    steps = torch.zeros(len(moments), device=device if kind == "fused" else "cpu")  # where each keeps its counts
+    for step, (param, (first, second)) in zip(steps, moments.items(), strict=True):
+        optimizer.state[param] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+    return optimizer
+
+
+class Step:
+    """The update alone: the op itself, and optimizers around the same tensors."""
 
     def __init__(self, numels: list[int], options: Options) -> None:
-        self.options = options
+        device = torch.device(options.device)
         self.params = [torch.nn.Parameter(tensors.normal(numel, options)) for numel in numels]
         self.grads = [tensors.normal(numel, options, scale=1e-3) for numel in numels]
-        self.moments = [torch.zeros_like(grad) for grad in self.grads]
-        self.squares = [torch.zeros_like(grad) for grad in self.grads]
+        self.moments = [(torch.zeros_like(grad), torch.zeros_like(grad)) for grad in self.grads]
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
-        self.ours = FusedAdam(self.params, **HYPER)
-        self._adopt(self.ours, options.device)
-        table = tensors.one_segment_each(numels, options)
-        device = torch.device(options.device)
+        self.optimizer = FusedAdam(self.params, **HYPER)
+        for param, (first, second) in zip(self.params, self.moments, strict=True):
+            step = torch.zeros((), device=device)
+            self.optimizer.state[param] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         self.batch = SegmentBatch(
             params=[param.detach() for param in self.params],
             grads=self.grads,
             copies=[],
-            table=table,
+            table=tensors.one_segment_each(numels, options),
             steps=torch.zeros(len(numels), device=device),
             active=torch.ones(len(numels), dtype=torch.uint8, device=device),
-            states={"exp_avg": self.moments, "exp_avg_sq": self.squares},
+            states={
+                "exp_avg": [first for first, _ in self.moments],
+                "exp_avg_sq": [second for _, second in self.moments],
+            },
         )
         self.table = HyperTable(device)
         self.set_lr(HYPER["lr"])
@@ -61,60 +98,71 @@ class Job:
 
     def set_lr(self, lr: float) -> None:
         """Rewrite the hyperparameter row on the device."""
-        self.ours.param_groups[0]["lr"] = lr
-        self.hyper = self.table.refresh([self.ours.hyper_row(self.ours.param_groups[0])])
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.hyper = self.table.refresh([self.optimizer.hyper_row(self.optimizer.param_groups[0])])
 
-    def torch_adamw(self, kind: str) -> torch.optim.Optimizer:
-        """torch's AdamW on the same tensors; ``kind`` is "fused" or "foreach"."""
-        optimizer = torch.optim.AdamW(self.params, **HYPER, **{kind: True})
-        self._adopt(optimizer, self.options.device if kind == "fused" else "cpu")  # where each keeps its counts
-        return optimizer
+    def launch(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
+        """Call the op."""
+        self.optimizer.launch(self.batch, self.hyper, grad_scale, skip)
 
-    def _adopt(self, optimizer: torch.optim.Optimizer, steps_device: str) -> None:
-        steps = torch.zeros(len(self.params), device=steps_device)
-        for index, param in enumerate(self.params):
-            optimizer.state[param] = {
-                "step": steps[index],
-                "exp_avg": self.moments[index],
-                "exp_avg_sq": self.squares[index],
-            }
-
-    def steps(self) -> dict[str, Callable[[], object]]:
-        """The update alone."""
+    def runs(self) -> dict[str, Callable[[], object]]:
+        """The contenders."""
+        moments = dict(zip(self.params, self.moments, strict=True))
+        device = self.one.device.type
         return {
-            OURS: lambda: self.ours.launch(self.batch, self.hyper, self.one, self.never),
-            f"{OURS}/FusedAdam.step": self.ours.step,
-            "torch fused": self.torch_adamw("fused").step,
-            "torch foreach": self.torch_adamw("foreach").step,
+            OURS: lambda: self.launch(self.one, self.never),
+            f"{OURS}/FusedAdam.step": self.optimizer.step,
+            "torch fused": torch_adamw("fused", moments, device).step,
+            "torch foreach": torch_adamw("foreach", moments, device).step,
         }
 
-    def phases(self) -> dict[str, Callable[[], object]]:
-        """Norm, non-finite check, clipping and update: what a training step does once gradients are reduced."""
-        fused = self.torch_adamw("fused")
 
-        def ours() -> None:
-            verdict = judge([self.batch], max_norm=1.0, unscale=1.0)
-            self.ours.launch(self.batch, self.hyper, verdict.grad_scale, verdict.skip)
+class Weights(torch.nn.Module):
+    """A model that is nothing but its parameters."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(params)
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([weight.sum() for weight in self.weights]).sum()
+
+
+class Phase:
+    """What an engine does once gradients are reduced: norm, non-finite check, clipping, update."""
+
+    def __init__(self, numels: list[int], options: Options) -> None:
+        self.params = [torch.nn.Parameter(tensors.normal(numel, options)) for numel in numels]
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": CLIP,
+            "optimizer": {"type": "AdamW", "params": {**HYPER, "betas": list(HYPER["betas"])}},
+        }
+        self.engine, *_ = deepcore.initialize(model=Weights(self.params), config=config)
+        self.engine.backward(self.engine())
+        self.core = self.engine.core
+        for grads in self.core.strategy.arena.grads:
+            grads.normal_(std=1e-3)
+
+    def ours(self) -> None:
+        """As ``TrainCore.optimizer_step`` does it."""
+        verdict = judge(self.core.strategy.measure(), max_norm=CLIP, unscale=1.0)
+        self.core.optimizer.update(verdict.grad_scale, verdict.skip)
+        self.core.strategy.publish()
+
+    def runs(self) -> dict[str, Callable[[], object]]:
+        """The contenders, on the engine's own parameters, gradients and moments."""
+        state = self.engine.optimizer.state
+        moments = {param: (state[param]["exp_avg"], state[param]["exp_avg_sq"]) for param in self.params}
+        fused = torch_adamw("fused", moments, self.engine.device.type)
 
         def theirs() -> None:
-            torch.nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
+            torch.nn.utils.clip_grad_norm_(self.params, CLIP, foreach=True)
             fused.step()
 
-        return {OURS: ours, "torch clip+fused": theirs}
+        return {OURS: self.ours, "torch clip+fused": theirs}
 
-    def measure(self, case: str, runs: dict[str, Callable[[], object]], threads: int) -> Result:
-        """Interleave the contenders and the machine's own speed for the same traffic."""
-        numel = sum(grad.numel() for grad in self.grads)
-        nbytes = 28 * numel + (4 * numel if case.startswith("clip") else 0)
-        params = {
-            "dtype": "fp32",
-            "tensors": len(self.params),
-            "numel": numel,
-            "threads": threads,
-            "device": self.options.device,
-        }
-        limit = None
-        if case.endswith("large"):
-            flats = [torch.zeros(numel, device=self.options.device) for _ in range(4)]
-            limit = traffic.update(flats[0], flats[1], flats[2:])
-        return compare("adam", case, runs, self.options, params=params, nbytes=nbytes, limit=limit)
+    def end(self) -> None:
+        """Free the engine, and leave the world of one that it formed."""
+        self.engine.destroy()
+        deepcore.comm.destroy_process_group()

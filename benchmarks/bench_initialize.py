@@ -17,7 +17,7 @@ NUM_RANKS = 2
 def bench(options: Options) -> Iterator[Result]:
     """One case; the slower rank's time counts."""
     contenders = [Contender(name, _sampler(name, options.quick)) for name in (OURS, "ddp") if options.wants(name)]
-    samples = interleave(contenders, max(3, options.rounds // 3), warmups=1)
+    samples = interleave(contenders, 1 if options.quick else max(5, options.rounds // 3), warmups=1)
     params = {"ranks": NUM_RANKS, "model": "tiny" if options.quick else "50M", "threads": 1, "device": "cpu"}
     yield Result("initialize", "first on 2 ranks", samples, params)
 

@@ -190,23 +190,25 @@ def graph_capture(num_tensors: int, steps: int = 5) -> dict[str, Any]:
 
 
 class _Phase:
-    """The optimizer phase of a step on the GPU, over tensors of its own."""
+    """The ops of an optimizer phase on the GPU, over tensors of its own."""
 
     def __init__(self, num_tensors: int) -> None:
-        from benchmarks.bench_adam import Job
+        from benchmarks.bench_adam import Step
         from benchmarks.harness import Options
 
-        self.job = Job([1000 + 7 * index for index in range(num_tensors)], Options(device="cuda"))
-        self.step = self.job.phases()["deepcore"]
+        self.job = Step([1000 + 7 * index for index in range(num_tensors)], Options(device="cuda"))
 
     def run(self) -> None:
-        self.step()
+        table = self.job.batch.table
+        _, summary = torch.ops.deepcore.grad_stats(self.job.grads, table.rows, table.chunk_offsets)
+        grad_scale = (CLIP / (summary[:1].sqrt() + 1e-6)).clamp(max=1.0).float()
+        self.job.launch(grad_scale, summary[1:2].float())
 
     def set_lr(self, lr: float) -> None:
         self.job.set_lr(lr)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [*self.job.params, *self.job.moments, *self.job.squares]
+        return [*self.job.params, *(moment for pair in self.job.moments for moment in pair)]
 
 
 def load_ops() -> dict[str, Any]:

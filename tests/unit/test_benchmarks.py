@@ -1,0 +1,66 @@
+"""Owns the proof that every benchmark still runs, on small sizes and one round.
+
+Knows nothing of speeds: no number is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+
+import pytest
+import torch
+
+from benchmarks import bench_import
+from benchmarks.__main__ import subjects
+from benchmarks.harness import LIMIT, OURS, Options, Result
+from benchmarks.ranks import run_ranks
+
+QUICK = Options(quick=True, threads=(1,), rounds=1)
+CASES = {
+    "adam": {"step large", "clip+step large", "step 1000 small", "clip+step 1000 small", "step tiny", "clip+step tiny"},
+    "flatten": {f"{way} {case}" for way in ("flatten", "unflatten") for case in ("large", "1000 small", "tiny")},
+    "grad_stats": {"large", "1000 small", "tiny"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _kept_threads() -> Iterator[None]:
+    earlier = torch.get_num_threads()
+    yield
+    torch.set_num_threads(earlier)
+
+
+def run(subject: str) -> list[Result]:
+    return list(import_module(f"benchmarks.bench_{subject}").bench(QUICK))
+
+
+@pytest.mark.parametrize("subject", CASES)
+def test_it_runs_and_has_something_to_compare_with(subject: str) -> None:
+    results = run(subject)
+    assert {result.case for result in results} == CASES[subject]
+    for result in results:
+        assert result.subject == subject
+        assert result.speedups(), f"{result.case}: nothing beside ours"
+        assert all(value > 0 for samples in result.samples.values() for value in samples)
+        if result.case.endswith("large"):
+            assert LIMIT in result.samples
+            assert result.fraction_of_limit(OURS)
+
+
+def test_a_whole_step_runs_beside_its_peers() -> None:
+    arguments = {"names": ["deepcore", "none", "ddp"], "dtype": "fp32", "device": "cpu", "quick": True, "rounds": 2}
+    first, _ = run_ranks(2, "benchmarks.bench_step:compete", arguments, timeout=120)
+    assert {name: len(times) for name, times in first.items()} == {"deepcore": 2, "none": 2, "ddp": 2}
+
+
+def test_getting_ready_to_train_runs() -> None:
+    assert run_ranks(1, "benchmarks.bench_initialize:prepare", {"name": OURS, "quick": True}, timeout=120)[0] > 0
+
+
+def test_an_import_is_timed_in_a_process_of_its_own() -> None:
+    assert bench_import._sampler(bench_import.STATEMENTS[OURS])() > 0
+
+
+def test_every_subject_is_covered_here() -> None:
+    assert set(subjects()) == {*CASES, "step", "initialize", "import"}
