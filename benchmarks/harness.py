@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from benchmarks.machine import fingerprint, load_average
+from benchmarks.machine import fingerprint, load_average, served_ops
 
 OURS = "deepcore"  # contenders of this name, or with it before a "/", are ours
 LIMIT = "bandwidth"  # the contender whose speed is the machine's own for the same kind of traffic
@@ -102,6 +102,7 @@ class Result:
             "contenders": {name: row.to_json() for name, row in self.rows().items()},
             "speedup": {name: round(ratio, 4) for name, ratio in self.speedups().items()},
             "notes": self.notes,
+            "ops": served_ops(str(self.params["device"])) if "device" in self.params else None,
             "load": load_average(),
             "machine": fingerprint(),
         }

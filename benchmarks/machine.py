@@ -43,6 +43,11 @@ def fingerprint() -> dict[str, object]:
     }
 
 
+def served_ops(device: str) -> dict[str, str]:
+    """What serves each op on a device: a result measured on references must say so."""
+    return {status.op: status.kind for status in deepcore.ops.load(device)}
+
+
 def load_average() -> float:
     """Runnable tasks over the last minute: how disturbed a measurement may be."""
     return round(os.getloadavg()[0], 2)

@@ -62,7 +62,7 @@ def test_quantiles_are_linear_between_neighbours() -> None:
 def test_a_result_line_says_everything() -> None:
     line = json.loads(json.dumps(result(notes=["deepspeed is not installed"]).to_json()))
     assert set(line) == {
-        *("subject", "case", "params", "nbytes", "contenders", "speedup", "notes", "load", "machine"),
+        *("subject", "case", "params", "nbytes", "contenders", "speedup", "notes", "ops", "load", "machine"),
     }
     assert line["contenders"][OURS] == {
         "median_ms": 2000.0,
@@ -73,6 +73,13 @@ def test_a_result_line_says_everything() -> None:
         "fraction_of_limit": 0.5,
     }
     assert {"cpu", "cores", "gpu", "torch", "python", "commit", "deepcore"} <= set(line["machine"])
+
+
+def test_a_result_line_says_what_served_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "served_ops", lambda device: {"adam_": f"jit on {device}"})
+    assert result().to_json()["ops"] is None
+    placed = Result("s", "c", {OURS: [1.0]}, {"device": "cpu"})
+    assert placed.to_json()["ops"] == {"adam_": "jit on cpu"}
 
 
 def test_the_table_shows_every_contender_and_note() -> None:
