@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import deepcore
 from benchmarks import gpu, gpu_call, gpu_programs
 from benchmarks.gpu import Session, Task
 from benchmarks.ranks import RanksError, run_ranks
@@ -243,3 +245,22 @@ def test_the_training_program_sees_a_wrong_weight() -> None:
     worst, name = gpu_programs.worst_difference(a, b)
     assert worst > 0.1
     assert name == "bias"
+
+
+def test_ops_with_a_cuda_kernel_are_known_by_their_sources() -> None:
+    assert {"flatten_", "unflatten_", "grad_stats", "adam_"} <= gpu_programs.ops_with_cuda()
+
+
+@pytest.mark.parametrize(
+    ("op", "kind", "good"), [("adam_", "reference", False), ("later_", "reference", True), ("adam_", "jit", True)]
+)
+def test_an_op_that_misses_its_cuda_kernel_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, op: str, kind: str, good: bool
+) -> None:
+    status = types.SimpleNamespace(op=op, kind=kind, reason="because")
+    monkeypatch.setattr(deepcore.ops, "load", lambda device: (status,))
+    if good:
+        assert gpu_programs.load_ops()["ops"] == {op: f"{kind}: because"}
+    else:
+        with pytest.raises(RuntimeError, match="adam_: there is a CUDA kernel"):
+            gpu_programs.load_ops()
