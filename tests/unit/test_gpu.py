@@ -174,10 +174,12 @@ def test_training_is_well_only_on_the_gpu_and_near_the_reference(
     [
         ({"debug_mode": "", "per_step": {}}, True),
         ({"debug_mode": "called a synchronizing CUDA operation", "per_step": {}}, False),
-        ({"debug_mode": "", "per_step": {"cudaStreamSynchronize": 1.0}}, False),
+        ({"debug_mode": "", "per_step": {"cudaStreamSynchronize": 0.5}}, False),
+        ({"debug_mode": "", "per_step": {"cudaEventSynchronize": 1.0}}, True),
+        ({"debug_mode": "", "per_step": {"cudaEventSynchronize": 2.0}}, False),
     ],
 )
-def test_one_host_sync_is_too_many(
+def test_a_step_waits_for_nothing_but_the_report_of_the_one_before(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: dict[str, Any], good: bool
 ) -> None:
     part = session(tmp_path)
