@@ -106,6 +106,14 @@ inline Text shape_text(const Tensor& tensor) { return shape_text(tensor.sizes().
 
 inline Device cpu_device() { return {aoti_torch_device_type_cpu(), 0}; }
 
+// A tensor whose storage was resized to less than it spans would be read beyond its end. `tensor`: dense.
+inline bool fits_storage(const Tensor& tensor) {
+    int64_t nbytes = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &nbytes));
+    const int64_t end = tensor.storage_offset() + tensor.numel();
+    return tensor.numel() == 0 || end * static_cast<int64_t>(tensor.element_size()) <= nbytes;
+}
+
 // The memory of a contiguous table argument with exactly this dtype, shape and device.
 inline void* table_memory(const char* name, const Tensor& tensor, ScalarType dtype,
                           std::initializer_list<int64_t> shape, Device device) {
@@ -116,6 +124,7 @@ inline void* table_memory(const char* name, const Tensor& tensor, ScalarType dty
              shape_text(tensor).text, describe(device_of(tensor)).text, tensor.is_contiguous() ? "" : " (strided)",
              dtype_name(dtype), shape_text(shape.begin(), shape.size()).text, describe(device).text);
     }
+    if (!fits_storage(tensor)) fail("%s: got a storage smaller than the tensor, expected its memory", name);
     return tensor.data_ptr();
 }
 

@@ -21,6 +21,7 @@ inline void require_flat(const Tensor& flat) {
         fail("flat: got shape %s with strides %s, expected a contiguous 1-D buffer", shape_text(flat).text,
              shape_text(flat.strides().data(), flat.dim()).text);
     }
+    if (!fits_storage(flat)) fail("flat: got a storage smaller than the tensor, expected its memory");
 }
 
 // A tensor that already lies at its place in the buffer is fine; any other sharing would be a race.

@@ -60,6 +60,10 @@ inline void require_list(const char* name, const TensorList& list, Device device
             fail("%s[%zu]: got shape %s with strides %s, expected a dense tensor without gaps or overlap", name, i,
                  shape_text(tensor).text, shape_text(tensor.strides().data(), tensor.dim()).text);
         }
+        if (!fits_storage(tensor)) {
+            fail("%s[%zu]: got a storage smaller than the tensor, expected its memory (is it freed or sharded?)", name,
+                 i);
+        }
     }
 }
 

@@ -184,6 +184,17 @@ def test_shared_memory_is_named(best: str) -> None:
         torch.ops.deepcore.adam_(*one.arguments())
 
 
+def test_freed_memory_is_named(best: str) -> None:
+    one = case((100,))
+    one.exp_avgs[0].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"exp_avgs\[0\]: got a storage smaller than the tensor"):
+        torch.ops.deepcore.adam_(*one.arguments())
+    one = case((100,))
+    one.steps.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="steps: got a storage smaller than the tensor"):
+        torch.ops.deepcore.adam_(*one.arguments())
+
+
 def test_another_order_of_elements_is_named(best: str) -> None:
     one = case((12,))
     one.params = [one.params[0].view(3, 4)]

@@ -175,6 +175,16 @@ def test_wrong_arguments_are_named(
         torch.ops.deepcore.unflatten_(tensors, flat, torch.tensor(starts))
 
 
+def test_freed_memory_is_named(best: str) -> None:
+    flat, part = torch.zeros(10), torch.zeros(3)
+    part.untyped_storage().resize_(4)
+    with pytest.raises(RuntimeError, match=r"tensors\[0\]: got a storage smaller"):
+        torch.ops.deepcore.flatten_(flat, [part], torch.tensor([0]))
+    flat.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="flat: got a storage smaller"):
+        torch.ops.deepcore.flatten_(flat, [torch.zeros(3)], torch.tensor([0]))
+
+
 def test_sources_inside_the_buffer_are_named(best: str) -> None:
     flat = torch.zeros(10)
     with pytest.raises(RuntimeError, match=r"tensors\[0\]: got memory inside flat"):
