@@ -21,6 +21,7 @@ class Unbuilt(NamedTuple):
     asks: Callable[[Any], bool]
     instead: str
     unless: str = ""  # a dotted key that, when on, has the request served by other means
+    when: str = ""  # a dotted key without which the request is asleep
 
 
 def _on(value: Any) -> bool:
@@ -47,19 +48,28 @@ def _among(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value in values
 
 
-_FP32 = "fp32 and bf16 (with fp32 masters) train today"
 _REMOVE = "remove it"
 UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt("zero_optimization.stage", _above(2), "stages 0 to 2 train today"),
     Unbuilt("zero_optimization.offload_param.device", _other_than("none"), 'use "none"'),
     Unbuilt("zero_optimization.offload_optimizer.device", _other_than("none"), 'use "none"'),
     Unbuilt("zero_optimization.replicate_optimizer", _on, "stage 0 keeps the state whole anyway"),
-    Unbuilt("fp16.enabled", _on, _FP32),
-    Unbuilt("amp.enabled", _on, _FP32),
-    Unbuilt("torch_autocast.enabled", _on, _FP32),
-    Unbuilt("bf16.bf16_master_weights_and_grads", _on, _FP32),
-    Unbuilt("bf16.check_grad_overflow", _off, "a step with inf or NaN gradients is always skipped"),
-    Unbuilt("data_types.buffer_dtype", _set, "buffers keep the dtype they are loaded with"),
+    Unbuilt("fp16.fp16_master_weights_and_grads", _on, "masters are fp32"),
+    Unbuilt("bf16.bf16_optimizer_states", _on, "moments are fp32"),
+    Unbuilt(
+        "amp.opt_level",
+        _among("O3"),
+        "O0, O1 and O2 train; O3 has no fp32 masters, and loses small updates",
+        when="amp.enabled",
+    ),
+    Unbuilt("amp.cast_model_type", _set, _REMOVE, when="amp.enabled"),
+    Unbuilt("amp.patch_torch_functions", _off, _REMOVE, when="amp.enabled"),
+    Unbuilt("amp.master_weights", _off, "O2 keeps fp32 masters", when="amp.enabled"),
+    Unbuilt("amp.cast_model_outputs", _set, "cast the outputs in the model", when="amp.enabled"),
+    Unbuilt("amp.num_losses", _above(1), "all losses share one scale", when="amp.enabled"),
+    Unbuilt(
+        "torch_autocast.lower_precision_safe_modules", _set, "gradients travel in fp32", when="torch_autocast.enabled"
+    ),
     Unbuilt("prescale_gradients", _on, _REMOVE),
     Unbuilt("gradient_predivide_factor", _other_than(1.0), _REMOVE),
     Unbuilt("managed_gradient_accumulation", _off, "use engine.no_sync() or set_gradient_accumulation_boundary()"),
@@ -103,7 +113,8 @@ def unavailable(settings: Settings) -> Iterator[tuple[str, Problem]]:
     for row in UNBUILT:
         value = settings.at(row.key)
         served = bool(row.unless) and settings.at(row.unless) is True
-        if value is not None and row.asks(value) and not served:
+        asleep = bool(row.when) and settings.at(row.when) is not True
+        if value is not None and row.asks(value) and not served and not asleep:
             yield (
                 row.key,
                 Problem(

@@ -17,20 +17,15 @@ from deepcore.engine.clock import Clock
 from deepcore.engine.core import StepSettings, TrainCore
 from deepcore.engine.engine import Engine
 from deepcore.engine.placement import cast_rest, share_weights
+from deepcore.engine.regime import policy_from, scaler_from
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
+from deepcore.precision.casts import ForwardCasts
 from deepcore.precision.policy import PrecisionPolicy
+from deepcore.precision.scaler import LossScaler
 from deepcore.sharding.group import FlatGroup, GroupDtypes
 from deepcore.sharding.units import plan_groups
 from deepcore.zero import STAGES
-
-_DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
+from deepcore.zero.hooks import keep_in_fp32
 
 
 def build_engine(
@@ -40,42 +35,36 @@ def build_engine(
     mesh = Mesh.build(world)
     model.to(world.device)
     policy = policy_from(settings)
+    casts = ForwardCasts(policy.inputs, policy.autocast, world.device.type)
     wanted = collect_groups(model, model_parameters)
     optimizer, base = make_optimizer(client, settings.optimizer, wanted)
     groups = _flatten(model, optimizer, policy, mesh, settings)
     share_weights(model, groups, mesh.zero_axis, world.device)
-    cast_rest(model, groups, policy.param)
+    cast_rest(model, groups, policy)
+    if policy.param is not None:
+        keep_in_fp32(policy.fp32_islands(model), policy.param)
     clock = Clock(
         micro_batch=settings.train_micro_batch_size_per_gpu,
         accumulation=settings.gradient_accumulation_steps,
         world=mesh.dp.size,
     )
     if optimizer is None:
-        return Engine(model, None, clock, world, mesh, settings), None
+        return Engine(model, None, clock, world, mesh, settings, casts), None
     overlap = settings.zero_optimization.overlap_comm is not False
     strategy = STAGES[settings.zero_optimization.stage](groups, mesh.zero_axis, overlap=overlap)
     replicas = 1 if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
-    core = TrainCore(strategy, optimizer, clock, StepSettings(settings.gradient_clipping, replicas))
-    engine = Engine(model, core, clock, world, mesh, settings)
+    scaler = LossScaler(scaler_from(settings), world.device)
+    step = StepSettings(settings.gradient_clipping, replicas, _checks_finite(settings))
+    core = TrainCore(strategy, optimizer, scaler, clock, step)
+    engine = Engine(model, core, clock, world, mesh, settings, casts)
     params = {name: param for group in groups for name, param in zip(group.names, group.params, strict=True)}
     optimizer.bind(strategy.arena, params, engine.full_step)
     strategy.attach()
     return engine, base
 
 
-def policy_from(settings: Settings) -> PrecisionPolicy:
-    """The dtypes that the config asks for."""
-    low = torch.bfloat16 if settings.bf16.enabled else None
-    return PrecisionPolicy(
-        param=low,
-        master=torch.float32 if low else None,
-        accumulate=_dtype(settings.data_types.grad_accum_dtype),
-        reduce=_dtype(settings.communication_data_type),
-    )
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else _DTYPES[name]
+def _checks_finite(settings: Settings) -> bool:
+    return not settings.bf16.enabled or settings.bf16.check_grad_overflow
 
 
 def _dtypes_of(param: torch.dtype, policy: PrecisionPolicy) -> GroupDtypes:
@@ -97,7 +86,7 @@ def _flatten(
     named = [(name, param) for name, param in model.named_parameters() if param in chosen and param.requires_grad]
     axis = mesh.zero_axis
     bound = settings.zero_optimization.reduce_bucket_size
-    plans = plan_groups(named, axis=axis.name, param_dtype=policy.param, max_numel=bound)
+    plans = plan_groups(named, axis=axis.name, dtype_of=policy.param_dtypes(model), max_numel=bound)
     groups = [FlatGroup(plan, axis.size, _dtypes_of(plan.key.dtype, policy)) for plan in plans]
     for group in groups:
         group.adopt()

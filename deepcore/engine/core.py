@@ -19,6 +19,7 @@ from deepcore.errors import UsageError
 from deepcore.optim.clip import judge
 from deepcore.optim.factory import EngineOptimizer
 from deepcore.precision.policy import LOW_PRECISION
+from deepcore.precision.scaler import LossScaler
 from deepcore.zero.strategy import ZeroStrategy
 
 
@@ -29,10 +30,12 @@ class StepSettings:
     Attributes:
         max_norm: clipping threshold of the global gradient norm; 0 is off.
         num_replicas: what the summed gradient is divided by: the ranks it is averaged over, 1 to sum.
+        check_finite: skip a step whose gradients hold inf or nan.
     """
 
     max_norm: float
     num_replicas: int
+    check_finite: bool = True
 
 
 class TrainCore:
@@ -42,9 +45,15 @@ class TrainCore:
     """
 
     def __init__(
-        self, strategy: ZeroStrategy, optimizer: EngineOptimizer, clock: Clock, settings: StepSettings
+        self,
+        strategy: ZeroStrategy,
+        optimizer: EngineOptimizer,
+        scaler: LossScaler,
+        clock: Clock,
+        settings: StepSettings,
     ) -> None:
-        self.strategy, self.optimizer, self.clock, self.settings = strategy, optimizer, clock, settings
+        self.strategy, self.optimizer, self.scaler = strategy, optimizer, scaler
+        self.clock, self.settings = clock, settings
         self.last_report: StepReport | None = None
         self.fresh_report: StepReport | None = None  # of a step that the engine has not accounted for yet
         self._backwards = 0  # in this window
@@ -78,7 +87,7 @@ class TrainCore:
         try:
             self.strategy.set_divisor(rest)
             self.strategy.begin_backward(boundary=self.clock.is_boundary(), hold=self._hold)
-            torch.autograd.backward(loss, torch.full_like(loss, seed), retain_graph=retain_graph)
+            torch.autograd.backward(loss, self.scaler.seed(loss, seed), retain_graph=retain_graph)
             self.strategy.finish_backward()
             done = True
         finally:
@@ -99,10 +108,16 @@ class TrainCore:
         assert self.fresh_report is None, "the engine settles the last step before the next"
         self.strategy.make_boundary()
         with torch.no_grad():
-            verdict = judge(self.strategy.measure(), max_norm=self.settings.max_norm, unscale=1.0)
+            verdict = judge(
+                self.strategy.measure(),
+                max_norm=self.settings.max_norm,
+                unscale=self.scaler.inverse,
+                check=self.settings.check_finite,
+            )
             self.optimizer.update(verdict.grad_scale, verdict.skip)
             self.strategy.publish()
-        self.last_report = self.fresh_report = StepReport(verdict, self.strategy.arena.names)
+            self.last_report = self.fresh_report = StepReport(verdict, self.strategy.arena.names, self.scaler.state)
+            self.scaler.update(verdict.skip)
         self.clear()
         self.clock.tick_step()
 

@@ -18,7 +18,9 @@ from deepcore.config import Settings
 from deepcore.engine.clock import Clock
 from deepcore.engine.core import TrainCore, no_gradients, require_loss
 from deepcore.engine.progress import StepPrinter
+from deepcore.engine.report import exhausted_scale, skip_message
 from deepcore.errors import UsageError
+from deepcore.precision.casts import ForwardCasts
 
 
 class Engine(torch.nn.Module):
@@ -45,6 +47,7 @@ class Engine(torch.nn.Module):
         world: World,
         mesh: Mesh,
         settings: Settings,
+        casts: ForwardCasts,
     ) -> None:
         super().__init__()
         self.module = module
@@ -53,6 +56,7 @@ class Engine(torch.nn.Module):
         self.world = world
         self.mesh = mesh
         self.settings = settings
+        self._casts = casts
         self.config: dict[str, Any] = {}
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
@@ -73,8 +77,8 @@ class Engine(torch.nn.Module):
                 expected="a live engine",
                 do="use engine.module to run the model, or build a new engine with deepcore.initialize()",
             )
-        with self._printer.measure("forward"):
-            return self.module(*inputs, **kwargs)
+        with self._printer.measure("forward"), self._casts.region():
+            return self.module(*self._casts.cast(inputs), **self._casts.cast(kwargs))
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """Compute gradients of ``loss``, divided by the accumulation steps, and reduce them at a boundary.
@@ -145,20 +149,17 @@ class Engine(torch.nn.Module):
     def _settle(self) -> None:
         """Account for the last step: the schedule moves only if it was applied."""
         report = self.core.settle() if self.core is not None else None
-        if report is None:
+        if report is None or self.core is None:
             return
+        self.core.optimizer.overflow = not report.applied
         if report.applied:
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
-        elif self.global_rank == 0:
-            logger().warning(
-                "step %d was skipped on all ranks: the gradient of '%s' holds inf or nan (gradient norm %s). "
-                "Weights, optimizer state and schedule are unchanged. Check the loss and the data of this step, "
-                "or lower the learning rate.",
-                self.clock.global_steps,
-                report.offender,
-                report.grad_norm,
-            )
+            return
+        if self.global_rank == 0:
+            logger().warning(skip_message(report, self.clock.global_steps))
+        if self.core.scaler.exhausted(report.loss_scale, report.hysteresis):
+            raise exhausted_scale(report)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the current window."""
@@ -273,6 +274,11 @@ class Engine(torch.nn.Module):
         if self.core is None or self.core.last_report is None:
             return None
         return self.core.last_report.grad_norm
+
+    def loss_scale(self) -> float:
+        """The scale of the next loss; 1.0 where losses are not scaled."""
+        state = None if self.core is None else self.core.scaler.state
+        return 1.0 if state is None else float(state[0])
 
     def get_lr(self) -> list[float]:
         """Learning rate of each param_group."""

@@ -12,6 +12,7 @@ import torch
 
 from deepcore.comm.mesh import Axis
 from deepcore.errors import CommError
+from deepcore.precision.policy import PrecisionPolicy
 from deepcore.sharding.group import FlatGroup
 
 
@@ -41,12 +42,15 @@ def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     return list(kinds.values())
 
 
-def cast_rest(module: torch.nn.Module, groups: Sequence[FlatGroup], dtype: torch.dtype | None) -> None:
-    """Cast floating-point parameters outside the groups (frozen ones); buffers keep the dtype they came in."""
+def cast_rest(module: torch.nn.Module, groups: Sequence[FlatGroup], policy: PrecisionPolicy) -> None:
+    """Cast what no group holds: frozen parameters, and buffers where the policy names a dtype for them."""
     grouped = {param for group in groups for param in group.params}
-    for param in module.parameters():
-        if dtype is not None and param not in grouped and param.is_floating_point():
+    for param, dtype in policy.param_dtypes(module).items():
+        if param not in grouped:
             param.data = param.data.to(dtype)
+    for buffer in module.buffers():
+        if policy.buffer is not None and buffer.is_floating_point():
+            buffer.data = buffer.data.to(policy.buffer)
 
 
 def require_same_model(module: torch.nn.Module, axis: Axis, device: torch.device) -> None:

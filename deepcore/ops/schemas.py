@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from deepcore.ops.reference import adam, bucket, flatten, grad_stats
+from deepcore.ops.reference import adam, bucket, flatten, grad_stats, loss_scale
 
 LIBRARY = torch.library.Library("deepcore", "DEF")
 
@@ -16,6 +16,7 @@ SCHEMAS = {
     "bucket": bucket,
     "grad_stats": grad_stats,
     "adam": adam,
+    "loss_scale": loss_scale,
 }
 
 for _stem in SCHEMAS.values():

@@ -22,6 +22,8 @@ class ClientOptimizer(Optimizer):
     go on working. Where weights are 16-bit with fp32 masters, the groups hold the masters in their place.
     """
 
+    overflow = False  # whether the last step was skipped
+
     def __init__(self, client: Optimizer) -> None:
         # No super().__init__: it would make new param_groups, and those must stay the client's.
         self.client = client

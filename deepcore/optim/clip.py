@@ -21,7 +21,7 @@ class GradientVerdict:
     Attributes:
         norm: fp32 (1,), global L2 norm of the gradients as the user means them (unscaled), before clipping.
         grad_scale: fp32 (1,), unscaling times clipping.
-        skip: fp32 (1,), 1 where any element is inf or nan.
+        skip: fp32 (1,), 1 where any element is inf or nan and that is checked.
         offender: fp64 (1,), index of the first parameter with such an element, or -1.
     """
 
@@ -31,7 +31,9 @@ class GradientVerdict:
     offender: torch.Tensor
 
 
-def judge(statistics: GradientStatistics, *, max_norm: float, unscale: float) -> GradientVerdict:
+def judge(
+    statistics: GradientStatistics, *, max_norm: float, unscale: torch.Tensor | float, check: bool = True
+) -> GradientVerdict:
     """Decide on clipping and skipping.
 
     With n the norm of ``grads * unscale``: grad_scale = unscale * min(1, max_norm / (n + 1e-6)).
@@ -39,11 +41,13 @@ def judge(statistics: GradientStatistics, *, max_norm: float, unscale: float) ->
     Args:
         statistics: of all gradients of all ranks.
         max_norm: clipping threshold; 0 or inf leaves the norm as it is.
-        unscale: inverse of the loss scale.
+        unscale: inverse of the loss scale, a number or fp32 (1,).
+        check: skip the step if a gradient is not finite.
     """
     norm = (statistics.squares.sqrt() * unscale).float()
     if 0 < max_norm < float("inf"):
         grad_scale = (max_norm / (norm + NORM_EPS)).clamp_(max=1.0).mul_(unscale)
     else:
-        grad_scale = torch.full_like(norm, unscale)
-    return GradientVerdict(norm, grad_scale, statistics.bad, statistics.offender)
+        grad_scale = torch.ones_like(norm).mul_(unscale)
+    skip = statistics.bad if check else torch.zeros_like(statistics.bad)
+    return GradientVerdict(norm, grad_scale, skip, statistics.offender)

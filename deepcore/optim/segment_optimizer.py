@@ -26,6 +26,7 @@ class SegmentOptimizer(Optimizer, ABC):
     """
 
     STATE: tuple[str, ...] = ()
+    overflow = False  # under an engine: whether the last step was skipped
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)

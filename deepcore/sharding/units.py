@@ -5,7 +5,7 @@ Knows nothing of buffers or collectives: it returns names and keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +37,7 @@ def plan_groups(
     named: Iterable[tuple[str, torch.nn.Parameter]],
     *,
     axis: str,
-    param_dtype: torch.dtype | None = None,
+    dtype_of: Mapping[torch.nn.Parameter, torch.dtype] | None = None,
     max_numel: int | None = None,
 ) -> list[GroupPlan]:
     """Pack parameters, in registration order, into groups of at most ``max_numel`` elements each.
@@ -48,17 +48,17 @@ def plan_groups(
     Args:
         named: (name, parameter) pairs, each parameter once.
         axis: name of the mesh axis over which the groups are reduced.
-        param_dtype: dtype that the parameters will be cast to; None keeps theirs.
+        dtype_of: dtype that each parameter will be cast to; None keeps theirs.
         max_numel: elements per group; None means ``DEFAULT_GROUP_NBYTES`` of the parameter's dtype.
     """
     plans: list[GroupPlan] = []
-    current: dict[tuple[torch.dtype, bool, torch.device], GroupPlan] = {}
+    current: dict[tuple[torch.dtype, torch.dtype, bool, torch.device], GroupPlan] = {}
     for name, param in named:
-        kind = (param.dtype, param.requires_grad, param.device)
+        dtype = param.dtype if dtype_of is None else dtype_of[param]
+        kind = (param.dtype, dtype, param.requires_grad, param.device)
         bound = max_numel or DEFAULT_GROUP_NBYTES // param.element_size()
         plan = current.get(kind)
         if plan is None or (plan.numel and plan.numel + param.numel() > bound):
-            dtype = param_dtype or param.dtype
             plan = GroupPlan(GroupKey(len(plans), dtype, param.requires_grad, axis, param.device))
             plans.append(plan)
             current[kind] = plan

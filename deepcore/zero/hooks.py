@@ -1,4 +1,4 @@
-"""Owns every autograd hook: it counts the gradients of each group and says when a group is complete.
+"""Owns every hook: those that count the gradients of each group, and those that cast around fp32 modules.
 
 Knows nothing of what is done with a complete group.
 """
@@ -6,11 +6,13 @@ Knows nothing of what is done with a complete group.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from deepcore.errors import UsageError
+from deepcore.precision.casts import cast_floats
 from deepcore.sharding.group import FlatGroup
 
 
@@ -93,3 +95,19 @@ class GradientHooks:
                 expected="the same pattern of shared weights under reentrant checkpointing in every backward",
                 do='set "zero_optimization": {"overlap_comm": false}, or checkpoint with use_reentrant=False',
             )
+
+
+def keep_in_fp32(modules: Sequence[torch.nn.Module], low: torch.dtype) -> list[RemovableHandle]:
+    """Let modules with fp32 parameters live in a model of dtype ``low``: floats go in as fp32, come out as ``low``."""
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(_cast_inputs(torch.float32), with_kwargs=True))
+        handles.append(module.register_forward_hook(lambda _module, _inputs, output: cast_floats(output, low)))
+    return handles
+
+
+def _cast_inputs(dtype: torch.dtype) -> Callable[[torch.nn.Module, Any, Any], Any]:
+    def hook(_module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        return cast_floats(args, dtype), cast_floats(kwargs, dtype)
+
+    return hook

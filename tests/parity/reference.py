@@ -29,6 +29,17 @@ class Case:
     eps: float = 1e-8
     weight_decay: float = 0.1
     stage: int = 0
+    fp16: bool = False
+    autocast: bool = False
+
+    @property
+    def low(self) -> torch.dtype | None:
+        """The dtype of the weights, where they are not fp32."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+    @property
+    def loss_scale(self) -> float:
+        return 2.0**7 if self.fp16 else 1.0
 
     def config(self) -> dict[str, object]:
         params: dict[str, object] = {"lr": self.lr, "weight_decay": self.weight_decay}
@@ -41,6 +52,8 @@ class Case:
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.clip,
             "bf16": {"enabled": self.bf16},
+            "fp16": {"enabled": self.fp16, "initial_scale_power": 7},
+            "torch_autocast": {"enabled": self.autocast, "dtype": "bfloat16"},
             "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 300},
             "optimizer": {"type": self.optimizer, "params": params},
         }
@@ -54,10 +67,10 @@ def train_reference(case: Case, make_optimizer: Update) -> Weights:
     model = build(seed=100)
     trainable = [param for param in model.parameters() if param.requires_grad]
     masters = trainable
-    if case.bf16:
+    if case.low is not None:
         masters = [torch.nn.Parameter(param.detach().clone()) for param in trainable]
         for param in model.parameters():
-            param.data = param.data.bfloat16()
+            param.data = param.data.to(case.low)
     optimizer = make_optimizer(masters)
     for step in range(case.steps):
         sums = _summed_gradients(model, trainable, case, step)
@@ -65,7 +78,7 @@ def train_reference(case: Case, make_optimizer: Update) -> Weights:
         for master, total in zip(masters, sums, strict=True):
             master.grad = total
         optimizer.step()
-        if case.bf16:
+        if case.low is not None:
             for param, master in zip(trainable, masters, strict=True):
                 param.data.copy_(master.data)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -80,10 +93,12 @@ def _summed_gradients(
         for micro in range(case.accumulation):
             for param in trainable:
                 param.grad = None
-            (model(*batch(step, rank, micro)) / case.accumulation).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+                loss = model(*batch(step, rank, micro))
+            (loss * case.loss_scale / case.accumulation).backward()
             local = [_add(have, param.grad) for have, param in zip(local, trainable, strict=True)]
         sums = [_add(have, mine) for have, mine in zip(sums, local, strict=True)]
-    return [None if total is None else total / case.world for total in sums]
+    return [None if total is None else total / (case.world * case.loss_scale) for total in sums]
 
 
 def _add(have: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:

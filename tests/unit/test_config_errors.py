@@ -241,6 +241,18 @@ def test_every_unplanned_setting_is_refused_with_its_reason_when_it_is_used(path
 
 
 REQUESTS: dict[str, dict[str, Any]] = {
+    "bf16.bf16_optimizer_states": {
+        "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    },
+    "amp.opt_level": {"amp": {"enabled": True, "opt_level": "O3"}},
+    "amp.cast_model_type": {"amp": {"enabled": True, "cast_model_type": "float16"}},
+    "amp.patch_torch_functions": {"amp": {"enabled": True, "patch_torch_functions": False}},
+    "amp.master_weights": {"amp": {"enabled": True, "master_weights": False}},
+    "amp.cast_model_outputs": {"amp": {"enabled": True, "cast_model_outputs": "float32"}},
+    "amp.num_losses": {"amp": {"enabled": True, "num_losses": 2}},
+    "torch_autocast.lower_precision_safe_modules": {
+        "torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["torch.nn.Linear"]}
+    },
     "zero_optimization.stage": {"zero_optimization": {"stage": 3}},
     "zero_optimization.offload_param.device": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
     "zero_optimization.offload_optimizer.device": {

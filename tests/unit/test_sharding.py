@@ -25,7 +25,7 @@ def params(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list
 
 
 def one_group(named: list[tuple[str, torch.nn.Parameter]], dtype: torch.dtype | None = None) -> FlatGroup:
-    (plan,) = plan_groups(named, axis="dp", param_dtype=dtype)
+    (plan,) = plan_groups(named, axis="dp", dtype_of=None if dtype is None else {p: dtype for _, p in named})
     group = FlatGroup(plan, 1, FP32)
     group.adopt()
     return group

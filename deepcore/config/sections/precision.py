@@ -78,4 +78,9 @@ class DataTypes(Section):
     param_dtype: FloatType | None = Field(
         default=None, description="Dtype of the parameters; must agree with fp16 and bf16."
     )
+    fp32_modules: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description='Patterns of modules, by class or dotted name ("*Norm", "*.router"), that stay in fp32.',
+    )
     buffer_dtype: FloatType | None = Field(default=None, description="Dtype that floating-point buffers are cast to.")

@@ -1,0 +1,70 @@
+"""Owns the loss scale: none, static or dynamic, one state machine for every stage and precision.
+
+Knows nothing of who scales with it; its state lives on the device and is never read on a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ScalerSettings:
+    """How a loss scale behaves.
+
+    Attributes:
+        scale: the first, or the static, scale.
+        dynamic: whether it moves.
+        window: steps in a row without a skip after which it doubles.
+        hysteresis: the number of skips at which it halves.
+        consecutive: refill the hysteresis after every step that was taken, not only when the scale grows.
+        minimum: it never falls below.
+    """
+
+    scale: float
+    dynamic: bool = True
+    window: int = 1000
+    hysteresis: int = 2
+    consecutive: bool = False
+    minimum: float = 1.0
+
+
+class LossScaler:
+    """Multiplies losses, and divides gradients by the same number later.
+
+    Attributes:
+        state: fp32 (3,) on the device: scale, steps taken since the last skip, hysteresis left; None: no scale.
+        inverse: fp32 (1,), 1 / scale as of the last update; 1.0 where there is no scale.
+    """
+
+    def __init__(self, settings: ScalerSettings | None, device: torch.device) -> None:
+        self.settings = settings
+        self.state: torch.Tensor | None = None
+        self.inverse: torch.Tensor | float = 1.0
+        if settings is not None:
+            first = [settings.scale, 0.0, float(settings.hysteresis)]
+            self.state = torch.tensor(first, dtype=torch.float32, device=device)
+            self.inverse = self.state[:1].reciprocal()
+
+    def seed(self, loss: torch.Tensor, factor: float) -> torch.Tensor:
+        """What backward starts from: ``factor`` times the scale, in the shape and dtype of ``loss``."""
+        if self.state is None:
+            return torch.full_like(loss, factor)
+        return (self.state[0] * factor).to(loss.dtype).expand(loss.shape)
+
+    def update(self, skip: torch.Tensor) -> None:
+        """A step was taken, or skipped if ``skip`` (fp32, 1) is not 0."""
+        settings = self.settings
+        if self.state is None or settings is None or not settings.dynamic:
+            return
+        torch.ops.deepcore.loss_scale_update_(
+            self.state, skip, settings.window, settings.hysteresis, settings.consecutive, settings.minimum
+        )
+        self.inverse = self.state[:1].reciprocal()
+
+    def exhausted(self, scale: float, hysteresis: float) -> bool:
+        """Whether a skip at this scale and hysteresis had nowhere to go."""
+        settings = self.settings
+        return settings is not None and settings.dynamic and scale <= settings.minimum and hysteresis <= 1
