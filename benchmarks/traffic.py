@@ -26,6 +26,14 @@ def copy(source: torch.Tensor) -> Limit:
     return _limit(lambda: target.copy_(source), source.device, 2 * source.nbytes)
 
 
+def add(target: torch.Tensor) -> Limit:
+    """Read two tensors of this size and write one of them in place."""
+    if target.is_cuda:
+        return copy(target)
+    source, sums = torch.zeros_like(target), torch.zeros_like(target)
+    return _limit(lambda: sums.add_(source), target.device, 3 * target.nbytes)
+
+
 def update(parameter: torch.Tensor, grad: torch.Tensor, states: Sequence[torch.Tensor]) -> Limit:
     """Read the gradient; read and write the parameter and each state in place: an optimizer's traffic, not its sums."""
     if grad.is_cuda:

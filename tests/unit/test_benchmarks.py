@@ -19,6 +19,7 @@ from benchmarks.ranks import run_ranks
 QUICK = Options(quick=True, threads=(1,), rounds=1)
 CASES = {
     "adam": {"step large", "clip+step large", "step 1000 small", "clip+step 1000 small", "step tiny", "clip+step tiny"},
+    "bucket": {"large", "tiny"},
     "flatten": {f"{way} {case}" for way in ("flatten", "unflatten") for case in ("large", "1000 small", "tiny")},
     "grad_stats": {"large", "1000 small", "tiny"},
 }
