@@ -45,6 +45,11 @@ def reference(op: str) -> Callable[..., object]:
     return kernels[op]
 
 
+def stem(op: str) -> str:
+    """The stem that an op belongs to."""
+    return next(name for name, module in schemas.SCHEMAS.items() if any(s.split("(", 1)[0] == op for s in module.OPS))
+
+
 def _tensors(values: list[object]) -> list[torch.Tensor]:
     found = []
     for value in values:
@@ -97,10 +102,15 @@ def _adam(device: torch.device) -> Arguments:
     ]
 
 
+def _loss_scale(device: torch.device) -> Arguments:
+    return [torch.tensor([8.0, 2.0, 1.0], device=device), torch.ones(1, device=device), 3, 2, False, 1.0]
+
+
 ARGUMENTS: dict[str, Callable[[torch.device], Arguments]] = {
     "flatten_": _flatten,
     "unflatten_": _unflatten,
     "bucket_sum_": _bucket_sum,
     "grad_stats": _grad_stats,
     "adam_": _adam,
+    "loss_scale_update_": _loss_scale,
 }
