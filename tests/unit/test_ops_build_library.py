@@ -31,7 +31,7 @@ def standin(folder, text='extern "C" int nothing() { return 0; }'):
     (root / "adam").mkdir(exist_ok=True)
     (root / "torch/adam_cpu.cpp").write_text(text)
     library.source_root = lambda: root
-def kinds(found): return sorted({one.kind for one in found})
+def kinds(found): return sorted({one.kind for one in found if "no native kernel in" not in one.reason})
 """
 
 
@@ -193,7 +193,8 @@ def test_a_library_that_never_loads_leaves_the_references(tmp_path: Path) -> Non
 def test_an_op_that_the_library_lacks_is_said_to_run_on_its_reference(tmp_path: Path) -> None:
     code = """
         standin(".")
-        print(json.dumps(sorted({(one.kind, one.reason.split(" ", 1)[1]) for one in library.load("cpu")})))
+        lacks = [one for one in library.load("cpu") if "no native kernel in" not in one.reason]
+        print(json.dumps(sorted({(one.kind, one.reason.split(" ", 1)[1]) for one in lacks})))
     """
     result, said = python(tmp_path, code)
     assert result == [["reference", "has no kernel for it"]]
