@@ -8,6 +8,9 @@ namespace DEEPCORE_ISA {
 
 namespace {
 
+// Bytes: two small pages on, where the hardware's own prefetch stops. Never read, so beyond the end is harmless.
+constexpr int64_t kAhead = 8192;
+
 template <class T>
 double sum_squares(const T* x, int64_t numel) {
     constexpr int kStep = sizeof(dvec) / sizeof(double), kSums = kLanes / kStep;
@@ -15,6 +18,8 @@ double sum_squares(const T* x, int64_t numel) {
     for (dvec& sum : sums) splat(0.0, sum);
     int64_t i = 0;
     for (; i + kLanes <= numel; i += kLanes) {
+        for (int64_t line = 0; line < kLanes * static_cast<int64_t>(sizeof(T)); line += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead + line);
         for (int k = 0; k < kSums; ++k) {
             dvec value;
             load(x + i + k * kStep, value);
