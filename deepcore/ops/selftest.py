@@ -102,6 +102,34 @@ def _adam(device: torch.device) -> Arguments:
     ]
 
 
+def _elementwise(*hyper: float) -> Callable[[torch.device], Arguments]:
+    """Arguments of an optimizer op with one state tensor per parameter and this row of hyperparameters."""
+
+    def make(device: torch.device) -> Arguments:
+        params, grads, _, state, copies, segments, offsets, _, *rest = _adam(device)
+        row = torch.tensor([hyper], dtype=torch.float64, device=device)
+        return [params, grads, state, copies, segments, offsets, row, *rest]
+
+    return make
+
+
+_LAMB = [0.01, 0.9, 0.99, 1e-6, 0.1, 1.0]
+
+
+def _lamb_moments(device: torch.device) -> Arguments:
+    params, grads, exp_avgs, exp_avg_sqs, _, segments, offsets, _, *rest = _adam(device)
+    hyper = torch.tensor([_LAMB], dtype=torch.float64, device=device)
+    squares = torch.zeros(2, 2, dtype=torch.float64, device=device)
+    return [params, grads, exp_avgs, exp_avg_sqs, segments, offsets, hyper, *rest, squares]
+
+
+def _lamb_apply(device: torch.device) -> Arguments:
+    params, _, exp_avgs, exp_avg_sqs, copies, segments, offsets, _, steps, active, _, skip = _adam(device)
+    hyper = torch.tensor([_LAMB], dtype=torch.float64, device=device)
+    ratios = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device)
+    return [params, exp_avgs, exp_avg_sqs, copies, segments, offsets, hyper, steps, active, ratios, skip]
+
+
 def _loss_scale(device: torch.device) -> Arguments:
     return [torch.tensor([8.0, 2.0, 1.0], device=device), torch.ones(1, device=device), 3, 2, False, 1.0]
 
@@ -112,5 +140,10 @@ ARGUMENTS: dict[str, Callable[[torch.device], Arguments]] = {
     "bucket_sum_": _bucket_sum,
     "grad_stats": _grad_stats,
     "adam_": _adam,
+    "lamb_moments_": _lamb_moments,
+    "lamb_apply_": _lamb_apply,
+    "lion_": _elementwise(0.01, 0.9, 0.99, 0.1),
+    "adagrad_": _elementwise(0.01, 0.1, 1e-6, 0.1),
+    "sgd_": _elementwise(0.01, 0.9, 0.1, 1.0, 0.1),
     "loss_scale_update_": _loss_scale,
 }

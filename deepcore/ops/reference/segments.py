@@ -23,3 +23,23 @@ def rows(segments: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a dense, non-overlapping tensor as one 1-D tensor, in memory order."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def due(
+    segments: torch.Tensor, steps: torch.Tensor, active: torch.Tensor, skip: torch.Tensor, *, count: bool = True
+) -> Iterator[tuple[int, int, slice, int, float]]:
+    """Yield (segment, tensor index, range of elements, hyperparameter row, step count) of each one to update.
+
+    Args:
+        segments, steps, active, skip: as the optimizer ops take them.
+        count: whether the step counts of active segments grow by one first.
+    """
+    if skip.item() != 0:
+        return
+    flags = active.tolist()
+    if count:
+        steps.add_((active != 0).float())
+    for index, (row, taken) in enumerate(zip(rows(segments), steps.tolist(), strict=True)):
+        tensor, begin, numel, hyper = row
+        if flags[index]:
+            yield index, tensor, slice(begin, begin + numel), hyper, taken
