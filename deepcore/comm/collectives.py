@@ -41,6 +41,8 @@ class Pending(Protocol):
 
     def wait(self) -> object: ...
 
+    def is_completed(self) -> bool: ...
+
 
 class Transport(Protocol):
     """Issues collectives. All return at once; tensors belong to the collective until ``wait``.
@@ -91,6 +93,10 @@ class Work:
         self.axis, self.op, self.numel = axis, op, numel
         self._pending = pending
         self._error: CommError | None = None
+
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once; a look, without waiting."""
+        return self._pending is None or self._pending.is_completed()
 
     def wait(self) -> None:
         """Return when the result may be used; later calls return at once.
@@ -202,6 +208,9 @@ class _Staged:
     def wait(self) -> None:
         self._pending.wait()
         self._tensor.detach().view(-1).view(self._carrier.dtype).copy_(self._carrier)
+
+    def is_completed(self) -> bool:
+        return self._pending.is_completed()
 
 
 def _issued(work: dist.Work | None) -> Pending:

@@ -6,8 +6,9 @@ Refuses to know what is communicated and why; a Mesh belongs to one engine, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -33,7 +34,8 @@ class Axis:
         size: number of ranks on the axis.
         ranks: their global ranks, in axis order.
         group: its process group; None where size is 1.
-        reduce_group: a second group for reductions, so that on CUDA they do not queue behind gathers; None shares.
+        reduce_group: a second group for reductions, whose order is then free of that of gathers; None shares.
+        device: where the rank's tensors are.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Axis:
     group: dist.ProcessGroup | None
     transport: Transport
     reduce_group: dist.ProcessGroup | None = None
+    device: torch.device = torch.device("cpu")
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
         """Reduce ``tensor`` in place over the axis; op is "sum", "max" or "min"."""
@@ -105,6 +108,14 @@ class Axis:
         """A point that no rank of the axis passes before all have reached it."""
         return self._launch("barrier", None, self.group, self.transport.barrier)
 
+    def vote(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank of the axis. Waits; ordered with the gathers, not the reductions."""
+        if self.group is None:
+            return flag
+        ballot = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        self._launch("vote", ballot, self.group, lambda g: self.transport.all_reduce(ballot, "max", g)).wait()
+        return bool(ballot.item())
+
     def discard(self, tensor: Tensor) -> None:
         """Declare that ``tensor`` will be written before it is read again; costs nothing outside tests."""
         self.transport.discard(tensor)
@@ -154,8 +165,12 @@ class Mesh:
     _made: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
 
     @classmethod
-    def build(cls, world: World, pp: int = 1, sp: int = 1, tp: int = 1) -> Mesh:
-        """Cut ``world`` into axes; dp is what pp, sp and tp leave. Every rank calls this with the same sizes.
+    def build(
+        cls, world: World, pp: int = 1, sp: int = 1, tp: int = 1, *, separate_reductions: bool = False
+    ) -> Mesh:
+        """Cut ``world`` into axes; dp is what pp, sp and tp leave. Every rank calls this with the same arguments.
+
+        With ``separate_reductions`` the zero axis has a group of its own for reductions.
 
         Raises:
             CommError: the sizes do not divide the world.
@@ -164,6 +179,8 @@ class Mesh:
         builder = _Builder(world, collectives.make_transport(world))
         axes = {dim: builder.axis(dim, _lines(sizes, (dim,))) for dim in _DIMS}
         zero = builder.axis("dp x sp", _lines(sizes, ("dp", "sp"))) if sizes["sp"] > 1 else axes["dp"]
+        if separate_reductions:
+            zero = builder.with_reduce_group(zero, _lines(sizes, ("dp", "sp")))
         whole = builder.axis("world", [tuple(range(world.size))])
         return cls(**axes, zero_axis=zero, world=whole, _made=builder.made)
 
@@ -190,7 +207,16 @@ class _Builder:
     def axis(self, name: str, lines: list[tuple[int, ...]]) -> Axis:
         mine = next(line for line in lines if self._world.rank in line)
         group = self._group(lines, mine) if len(mine) > 1 else None
-        return Axis(name, mine.index(self._world.rank), len(mine), mine, group, self._transport)
+        rank, device = mine.index(self._world.rank), self._world.device
+        return Axis(name, rank, len(mine), mine, group, self._transport, device=device)
+
+    def with_reduce_group(self, axis: Axis, lines: list[tuple[int, ...]]) -> Axis:
+        """``axis`` with a second group on the same ranks."""
+        if axis.size == 1:
+            return axis
+        groups = {line: dist.new_group(list(line)) for line in lines}
+        self.made.append(groups[axis.ranks])
+        return replace(axis, reduce_group=groups[axis.ranks])
 
     def _group(self, lines: list[tuple[int, ...]], mine: tuple[int, ...]) -> dist.ProcessGroup:
         if len(mine) == self._world.size:

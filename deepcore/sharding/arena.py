@@ -5,15 +5,16 @@ Knows nothing of collectives or formulas; optimizers see it as batches of segmen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
+from deepcore.sharding.update_arena import Form, UpdateArena
 
 
-class ShardArena:
+class ShardArena(UpdateArena):
     """One rank's shards of every group, and the segment tables that address them.
 
     Where a group's full weights already have master precision the master *is* this rank's slice of them;
@@ -22,10 +23,9 @@ class ShardArena:
     Attributes:
         masters: per group, 1-D, ``layout.shard_numel`` elements (all of them if it holds everything).
         grads: per group, 1-D, same size, in the group's accumulation dtype.
+        copies: per group, the low-precision copy of its shard, or None where the weights are the masters.
+        ranges: per group, the elements that are held.
         batches: one per combination of dtypes; together they cover every element of the shards once.
-        names: of all parameters of all groups, in order.
-        usage: uint8 (P,), a flag per parameter in that order: 1 where its gradient arrived in this window.
-        params_of: per batch, int64 (S,): the parameter, as an index of ``usage``, of each segment.
     """
 
     def __init__(self, groups: Sequence[FlatGroup], rank: int | None) -> None:
@@ -34,21 +34,29 @@ class ShardArena:
         self.device = groups[0].key.device if groups else torch.device("cpu")
         self.masters: list[torch.Tensor] = []
         self.grads: list[torch.Tensor] = []
-        self._copies: list[torch.Tensor | None] = []
-        self._ranges = [
+        self.copies: list[torch.Tensor | None] = []
+        self.ranges = [
             (0, group.layout.numel) if rank is None else group.layout.shard_range(rank) for group in self.groups
         ]
-        for group, (begin, end) in zip(self.groups, self._ranges, strict=True):
+        self.is_whole = all(
+            end - begin == group.layout.numel for group, (begin, end) in zip(self.groups, self.ranges, strict=True)
+        )
+        for group, (begin, end) in zip(self.groups, self.ranges, strict=True):
             master_dtype = group.dtypes.master
             source = group.cast()[begin:end]
-            weights = group.full[begin:end]
+            weights = group.weights_of(begin, end)
             owned = master_dtype != group.key.dtype
             whole = end - begin == group.layout.numel
             # A slice of the old buffer would keep all of it alive.
             self.masters.append(source.to(master_dtype, copy=not whole) if owned else weights)
-            self._copies.append(weights if owned else None)
+            self.copies.append(weights if owned else None)
             self.grads.append(torch.zeros_like(weights, dtype=group.dtypes.accumulate))
         self.names = [name for group in self.groups for name in group.names]
+        self.forms = {
+            slot.name: Form(slot.shape, tuple(stride))
+            for group in self.groups
+            for slot, stride in zip(group.layout.slots, group.strides, strict=True)
+        }
         self.usage = torch.zeros(len(self.names), dtype=torch.uint8, device=self.device)
         self.batches: list[SegmentBatch] = []
         self.params_of: list[torch.Tensor] = []
@@ -57,7 +65,7 @@ class ShardArena:
 
     def _members_by_kind(self) -> list[list[int]]:
         by_kind: dict[tuple[object, ...], list[int]] = {}
-        for index, copy in enumerate(self._copies):
+        for index, copy in enumerate(self.copies):
             master, grad = self.masters[index], self.grads[index]
             kind = (master.device, master.dtype, grad.dtype, None if copy is None else copy.dtype)
             by_kind.setdefault(kind, []).append(index)
@@ -71,7 +79,7 @@ class ShardArena:
             SegmentBatch(
                 params=[self.masters[index] for index in members],
                 grads=[self.grads[index] for index in members],
-                copies=[copy for index in members if (copy := self._copies[index]) is not None],
+                copies=[copy for index in members if (copy := self.copies[index]) is not None],
                 table=table,
                 steps=torch.zeros(len(table), dtype=torch.float32, device=device),
                 active=torch.zeros(len(table), dtype=torch.uint8, device=device),
@@ -85,8 +93,8 @@ class ShardArena:
         segments, params_of = [], []
         for tensor, index in enumerate(members):
             group = self.groups[index]
-            for part in group.layout.overlaps(*self._ranges[index]):
-                segments.append(Segment(group.names[part.slot], tensor, part.in_range, part.numel))
+            for part in group.layout.overlaps(*self.ranges[index]):
+                segments.append(Segment(group.names[part.slot], tensor, part.in_range, part.numel, offset=part.in_slot))
                 params_of.append(first_param[index] + part.slot)
         return SegmentTable(segments, len(members), self.masters[members[0]].device), params_of
 
@@ -95,26 +103,8 @@ class ShardArena:
         for batch, params_of in zip(self.batches, self.params_of, strict=True):
             torch.index_select(self.usage, 0, params_of, out=batch.active)
 
-    def allocate_state(self, names: Sequence[str]) -> None:
-        """Make one zeroed fp32 tensor per shard for each name of optimizer state."""
-        for batch in self.batches:
-            for name in names:
-                batch.states[name] = [torch.zeros_like(param, dtype=torch.float32) for param in batch.params]
-
-    def assign_hyper(self, index_of: Mapping[str, int]) -> None:
-        """Point every segment at the hyperparameter row of its parameter, given by parameter name."""
-        for batch in self.batches:
-            batch.table.set_hyper([index_of[segment.name] for segment in batch.table.segments])
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether this rank holds every parameter from end to end."""
-        return all(
-            begin == 0 and end == g.layout.numel for g, (begin, end) in zip(self.groups, self._ranges, strict=True)
-        )
-
     def nbytes(self) -> int:
         """Bytes that this rank holds for training beyond the model's own weights; an aliased master is free."""
-        owned = [master for master, copy in zip(self.masters, self._copies, strict=True) if copy is not None]
+        owned = [master for master, copy in zip(self.masters, self.copies, strict=True) if copy is not None]
         states = [tensor for batch in self.batches for tensors in batch.states.values() for tensor in tensors]
         return sum(tensor.nbytes for tensor in [*owned, *self.grads, *states])

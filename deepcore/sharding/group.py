@@ -69,6 +69,10 @@ class FlatGroup:
             self._point_at(self.full)
         return source
 
+    def weights_of(self, begin: int, end: int) -> torch.Tensor:
+        """The elements [begin, end) of the weights, as the tensor in which updates are to land."""
+        return self.full[begin:end]
+
     def _point_at(self, flat: torch.Tensor) -> None:
         for param, view in zip(self.params, self.views(flat), strict=True):
             param.grad = None

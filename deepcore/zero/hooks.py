@@ -19,23 +19,41 @@ from deepcore.sharding.group import FlatGroup
 class GradientHooks:
     """Calls ``on_ready(k)`` for group k as soon as all its gradients of one backward have arrived.
 
-    Groups become ready strictly in descending order of their number (the order in which backward usually
-    meets them), so that every rank sees one order whatever branches it took. Groups that backward leaves
-    incomplete are the caller's to close, by ``close``.
+    Groups become ready strictly in one order, descending numbers unless ``set_order`` says otherwise, so that every
+    rank sees the same whatever branches it took. Groups that backward leaves incomplete are announced by ``close``.
 
     The first backward is watched, not hurried: a parameter whose gradient arrives twice in one backward (a
     shared weight under reentrant checkpointing) makes its group wait for ``close`` from then on.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], on_ready: Callable[[int], None], eager: bool) -> None:
+    def __init__(
+        self,
+        groups: Sequence[FlatGroup],
+        on_ready: Callable[[int], None],
+        eager: bool,
+        on_complete: Callable[[int], None] = lambda number: None,
+    ) -> None:
         self._groups = groups
         self._on_ready = on_ready
+        self._on_complete = on_complete
         self._eager = eager
         self._watching = True
         self._waits_for_close = [False] * len(groups)
         self._arrived: list[set[int]] = [set() for _ in groups]
-        self._next = -1
+        self._order = list(reversed(range(len(groups))))
+        self._place = {number: place for place, number in enumerate(self._order)}
+        self._next = len(groups)  # place of the next group to announce
         self._handles: list[RemovableHandle] = []
+
+    def set_order(self, order: Sequence[int]) -> None:
+        """Announce groups in ``order`` from the next backward on; the same on every rank."""
+        assert sorted(order) == sorted(self._order)
+        self._order = list(order)
+        self._place = {number: place for place, number in enumerate(order)}
+
+    def is_complete(self, number: int) -> bool:
+        """Whether every gradient of group ``number`` has arrived in this backward."""
+        return len(self._arrived[number]) == len(self._groups[number].params)
 
     def attach(self) -> None:
         """Install one hook per parameter."""
@@ -53,18 +71,18 @@ class GradientHooks:
         """Start counting a backward; groups are announced only if it is one that ends in a reduction."""
         for arrived in self._arrived:
             arrived.clear()
-        self._next = len(self._groups) - 1
+        self._next = 0
         self._hurry = reduce and self._eager and not self._watching
 
     def close(self) -> None:
         """End a reducing backward: announce the groups that are left, in order."""
         self._watching = False
-        while self._next >= 0:
+        while self._next < len(self._order):
             self._announce()
 
     def _announce(self) -> None:
-        number = self._next
-        self._next -= 1
+        number = self._order[self._next]
+        self._next += 1
         self._on_ready(number)
 
     def _make_hook(self, number: int, index: int) -> Callable[[torch.Tensor], None]:
@@ -75,20 +93,23 @@ class GradientHooks:
             if index in arrived:
                 self._arrived_again(number, index)
             arrived.add(index)
-            if self._hurry and number == self._next and len(arrived) == total:
-                self._announce_complete()
+            if len(arrived) == total:
+                if self._hurry and number == self._order[self._next]:
+                    self._announce_complete()
+                self._on_complete(number)
 
         return hook
 
     def _announce_complete(self) -> None:
-        while self._next >= 0 and not self._waits_for_close[self._next]:
-            if len(self._arrived[self._next]) < len(self._groups[self._next].params):
+        while self._next < len(self._order):
+            number = self._order[self._next]
+            if self._waits_for_close[number] or not self.is_complete(number):
                 return
             self._announce()
 
     def _arrived_again(self, number: int, index: int) -> None:
         self._waits_for_close[number] = True
-        if number > self._next:
+        if self._hurry and self._place[number] < self._next:
             raise UsageError(
                 f"a second gradient of '{self._groups[number].names[index]}' arrived after its group was reduced",
                 got="a backward that reaches one parameter twice, in another pattern than the first backward did",

@@ -45,7 +45,7 @@ def poison(tensor: Tensor) -> None:
 class Tape:
     """The collectives launched and not yet executed by this process, over all transports, in launch order.
 
-    They execute in that order, whichever is waited for first: ranks that launch alike then execute alike.
+    Those of one group execute in that order, whichever is waited for first; groups are independent of each other.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,9 @@ class Tape:
 
     def run_until(self, flight: Flight) -> None:
         while flight in self._flights:
-            self._flights.popleft().execute()
+            first = next(other for other in self._flights if other.group is flight.group)
+            self._flights.remove(first)
+            first.execute()
 
     def finish(self) -> None:
         """Raise where something was launched and never waited for; another rank may be waiting for it."""
@@ -70,8 +72,8 @@ class Tape:
 class Flight:
     """One collective between its launch and its wait."""
 
-    def __init__(self, tape: Tape, name: str, issue: Callable[[], Pending]) -> None:
-        self.name = name
+    def __init__(self, tape: Tape, name: str, group: dist.ProcessGroup, issue: Callable[[], Pending]) -> None:
+        self.name, self.group = name, group
         self._tape, self._issue = tape, issue
         self._hidden: list[tuple[Tensor, Tensor]] = []  # tensors poisoned now, and what they held
         self._poisoned: list[Tensor] = []
@@ -93,6 +95,9 @@ class Flight:
 
     def wait(self) -> None:
         self._tape.run_until(self)
+
+    def is_completed(self) -> bool:
+        return False  # until somebody waits
 
     def execute(self) -> None:
         for tensor in [*self._poisoned, *(tensor for tensor, _ in self._hidden)]:
@@ -117,18 +122,18 @@ class HostileTransport:
         self._inner, self._tape = inner, tape
 
     def all_reduce(self, tensor: Tensor, op: str, group: dist.ProcessGroup) -> Pending:
-        flight = self._flight("all_reduce", tensor, lambda: self._inner.all_reduce(tensor, op, group))
+        flight = self._flight("all_reduce", tensor, group, lambda: self._inner.all_reduce(tensor, op, group))
         flight.hide(tensor)
         return flight
 
     def broadcast(self, tensor: Tensor, src_index: int, group: dist.ProcessGroup) -> Pending:
-        flight = self._flight("broadcast", tensor, lambda: self._inner.broadcast(tensor, src_index, group))
+        flight = self._flight("broadcast", tensor, group, lambda: self._inner.broadcast(tensor, src_index, group))
         flight.hide(tensor)
         return flight
 
     def all_gather_into(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> Pending:
         issue = lambda: self._inner.all_gather_into(output, input, group)  # noqa: E731
-        flight = self._flight("all_gather_into", output, issue)
+        flight = self._flight("all_gather_into", output, group, issue)
         flight.watch(input)
         for part in _outside(output, input):
             flight.ruin(part)
@@ -136,7 +141,7 @@ class HostileTransport:
 
     def reduce_scatter_into(self, output: Tensor, input: Tensor, op: str, group: dist.ProcessGroup) -> Pending:
         issue = lambda: self._inner.reduce_scatter_into(output, input, op, group)  # noqa: E731
-        flight = self._flight("reduce_scatter_into", input, issue)
+        flight = self._flight("reduce_scatter_into", input, group, issue)
         for part in _outside(input, output):
             flight.watch(part)
         flight.hide(output)
@@ -151,20 +156,20 @@ class HostileTransport:
         group: dist.ProcessGroup,
     ) -> Pending:
         issue = lambda: self._inner.all_to_all_into(output, input, out_splits, in_splits, group)  # noqa: E731
-        flight = self._flight("all_to_all_into", input, issue)
+        flight = self._flight("all_to_all_into", input, group, issue)
         flight.watch(input)
         flight.ruin(output)
         return flight
 
     def barrier(self, group: dist.ProcessGroup) -> Pending:
-        return self._tape.launch(Flight(self._tape, "barrier", lambda: self._inner.barrier(group)))
+        return self._tape.launch(Flight(self._tape, "barrier", group, lambda: self._inner.barrier(group)))
 
     def discard(self, tensor: Tensor) -> None:
         poison(tensor)
 
-    def _flight(self, op: str, tensor: Tensor, issue: Callable[[], Pending]) -> Flight:
+    def _flight(self, op: str, tensor: Tensor, group: dist.ProcessGroup, issue: Callable[[], Pending]) -> Flight:
         name = f"{op} of {tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}"
-        return self._tape.launch(Flight(self._tape, name, issue))
+        return self._tape.launch(Flight(self._tape, name, group, issue))
 
 
 def install(collectives: Any) -> tuple[Tape, Callable[[], None]]:

@@ -5,10 +5,6 @@ Knows nothing of any one op.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
-
 import torch
 
 from deepcore.ops.reference.segments import CHUNK_NUMEL
@@ -60,15 +56,3 @@ def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
     bits = _BITS[got.dtype]
     nan = torch.isnan(expected)
     return torch.equal(torch.isnan(got), nan) and torch.equal(got[~nan].view(bits), expected[~nan].view(bits))
-
-
-@contextmanager
-def correctly_rounded_sqrt() -> Iterator[None]:
-    """Make ``Tensor.sqrt`` the IEEE 754 one while a reference runs.
-
-    On CPUs torch takes fp32 roots from a vector library that misses the nearest value in up to a fifth of all cases.
-    Through fp64 the result is right: no root of an fp32 number lies near enough to a rounding boundary.
-    """
-    torch_sqrt = torch.Tensor.sqrt
-    with mock.patch.object(torch.Tensor, "sqrt", lambda values: torch_sqrt(values.double()).to(values.dtype)):
-        yield

@@ -1,0 +1,87 @@
+"""Owns the storage of a group whose full weights come and go: SHARDED, GATHERING, FULL, SHARDED.
+
+Knows nothing of when; a ZeRO stage decides that.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+
+from deepcore.comm.collectives import Work
+from deepcore.comm.mesh import Axis
+from deepcore.errors import UsageError
+from deepcore.sharding.group import FlatGroup, GroupDtypes
+from deepcore.sharding.units import GroupPlan
+
+
+class Residency(Enum):
+    """Where a group's full weights are."""
+
+    SHARDED = "sharded"
+    GATHERING = "gathering"
+    FULL = "full"
+
+
+class ShardedGroup(FlatGroup):
+    """A flat group of which a rank keeps its shard only.
+
+    The full storage is one for life, so that views which autograd saved stay valid: it shrinks to nothing and grows
+    back. While it is away each parameter is empty, so that every read of it fails instead of reading freed memory.
+
+    Attributes:
+        residency: the state.
+        shard: 1-D, ``layout.shard_numel`` elements of ``key.dtype``: what is gathered. Set by ``keep_shard``.
+    """
+
+    def __init__(self, plan: GroupPlan, num_shards: int, dtypes: GroupDtypes | None = None) -> None:
+        super().__init__(plan, num_shards, dtypes)
+        self.residency = Residency.FULL
+        self.shard = torch.empty(0)
+        self._work: Work | None = None
+        self._views: list[torch.Tensor] = []
+        self._versions: list[int] = []
+
+    def weights_of(self, begin: int, end: int) -> torch.Tensor:
+        self.shard = self.full[begin:end].clone()
+        self._views = self.views(self.full)
+        return self.shard
+
+    def launch_unshard(self, axis: Axis) -> None:
+        """SHARDED to GATHERING: begin to fill the full storage from all ranks' shards."""
+        assert self.residency is Residency.SHARDED, self.residency
+        self._require_untouched()
+        self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
+        self._work = axis.all_gather_into(self.full, self.shard)
+        self.residency = Residency.GATHERING
+
+    def finish_unshard(self) -> None:
+        """GATHERING to FULL: wait, and let the parameters be views of the full storage again."""
+        assert self.residency is Residency.GATHERING, self.residency
+        assert self._work is not None
+        self._work.wait()
+        self._work = None
+        for param, view in zip(self.params, self._views, strict=True):
+            param.data = view
+        self.residency = Residency.FULL
+
+    def reshard(self) -> None:
+        """FULL to SHARDED: free the full storage. Local changes to the weights are lost."""
+        assert self.residency is Residency.FULL, self.residency
+        nothing = torch.empty(0, dtype=self.key.dtype, device=self.key.device)
+        for param in self.params:
+            param.data = nothing
+        self.full.untyped_storage().resize_(0)
+        self._versions = [param._version for param in self.params]
+        self.residency = Residency.SHARDED
+
+    def _require_untouched(self) -> None:
+        for name, param, version in zip(self.names, self.params, self._versions, strict=True):
+            if param._version != version or param.numel() and param.data.untyped_storage().nbytes():
+                raise UsageError(
+                    f"parameter '{name}' was written while it was sharded",
+                    got=f"a tensor of shape {tuple(param.shape)} in its place, which the next gather would overwrite",
+                    expected="writes while its full weights are there",
+                    do="change it inside deepcore.zero.GatheredParameters([...], modifier_rank=0)",
+                )
