@@ -16,7 +16,7 @@ import torch
 from deepcore import ops
 
 ISAS = {"x86_64": ("scalar", "avx2", "avx512"), "aarch64": ("neon",)}.get(platform.machine(), ("scalar",))
-NATIVE_OPS = ("flatten_", "unflatten_", "grad_stats", "adam_")
+NATIVE_OPS = ("flatten_", "unflatten_", "bucket_sum_", "grad_stats", "adam_")
 COMPILERS = ("c++", "g++", "clang++")
 
 
