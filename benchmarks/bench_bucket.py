@@ -1,6 +1,6 @@
 """Owns the benchmark of ``bucket_sum_``: what every rank sent for one shard, summed, divided and put or added there.
 
-Knows nothing of collectives. Least traffic: every part read once, the shard written once, and read where it is added to.
+Knows nothing of collectives. Least traffic: every part read once, the shard written once, and first read if added to.
 """
 
 from __future__ import annotations
