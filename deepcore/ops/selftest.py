@@ -113,7 +113,7 @@ def _elementwise(*hyper: float) -> Callable[[torch.device], Arguments]:
     return make
 
 
-_LAMB = [0.01, 0.9, 0.99, 1e-6, 0.1, 1.0]
+_LAMB = [0.01, 0.9, 0.99, 1e-6, 0.1, 1.0, 0.01, 10.0]
 
 
 def _lamb_moments(device: torch.device) -> Arguments:

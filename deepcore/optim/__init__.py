@@ -1,5 +1,9 @@
 """Floor 2: optimizers over segment tables, gradient clipping and learning-rate schedules."""
 
+from deepcore.optim.adagrad import FusedAdagrad
 from deepcore.optim.adam import FusedAdam
+from deepcore.optim.lamb import FusedLamb
+from deepcore.optim.lion import FusedLion
+from deepcore.optim.sgd import FusedSGD
 
-__all__ = ["FusedAdam"]
+__all__ = ["FusedAdagrad", "FusedAdam", "FusedLamb", "FusedLion", "FusedSGD"]

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from deepcore.errors import ConfigError
-from deepcore.ops import load
+from deepcore.optim.ranges import require_at_least_zero, require_betas
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 from deepcore.sharding.segments import SegmentBatch
 
@@ -57,10 +56,10 @@ class FusedAdam(SegmentOptimizer):
             "bias_correction": bias_correction,
         }
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            _require_valid(group)
-        for device in {param.device.type for group in self.param_groups for param in group["params"]}:
-            load(device)
+
+    def require_valid(self, group: Mapping[str, Any]) -> None:
+        require_at_least_zero(group, "lr", "eps", "weight_decay")
+        require_betas(group)
 
     def hyper_row(self, group: Mapping[str, Any]) -> list[float]:
         beta1, beta2 = group["betas"]
@@ -90,16 +89,3 @@ class FusedAdam(SegmentOptimizer):
             grad_scale,
             skip,
         )
-
-
-def _require_valid(group: Mapping[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    checks = {
-        "lr": (group["lr"], 0 <= float(group["lr"]) < float("inf"), "a finite number >= 0"),
-        "betas": (group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
-        "eps": (group["eps"], group["eps"] >= 0, "a number >= 0"),
-        "weight_decay": (group["weight_decay"], group["weight_decay"] >= 0, "a number >= 0"),
-    }
-    for name, (given, valid, expected) in checks.items():
-        if not valid:
-            raise ConfigError(f"{name} is out of range", got=repr(given), expected=expected, do=f"correct {name}")

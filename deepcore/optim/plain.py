@@ -15,15 +15,23 @@ from deepcore.sharding.layout import is_dense
 from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
 
 _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
-_Kind = tuple[torch.device, torch.dtype, torch.dtype]
+_Kind = tuple[torch.device, torch.dtype, torch.dtype, str]
 _Member = tuple[torch.Tensor, int]  # parameter, index of its group
 
 
 class PlainBatches:
-    """Groups parameters that have a gradient by device and dtypes; tables are kept while the members stay."""
+    """Groups parameters that have a gradient by device, dtypes and family; tables are kept while the members stay.
 
-    def __init__(self, state_names: Sequence[str]) -> None:
-        self._state_names = tuple(state_names)
+    ``family``, ``state_names`` and ``initial`` are the optimizer's: see ``SegmentOptimizer``.
+    """
+
+    def __init__(
+        self,
+        family: Callable[[Mapping[str, Any]], str],
+        state_names: Callable[[str], Sequence[str]],
+        initial: Callable[[str, Mapping[str, Any]], float],
+    ) -> None:
+        self._family, self._state_names, self._initial = family, state_names, initial
         self._cache: dict[_Kind, tuple[list[_Member], SegmentBatch]] = {}
 
     def batches(
@@ -32,12 +40,13 @@ class PlainBatches:
         """Yield each batch with a call that writes copies of gapped parameters back after the launch."""
         members: dict[_Kind, list[_Member]] = {}
         for index, group in enumerate(param_groups):
+            family = self._family(group)
             for param in group["params"]:
                 if param.grad is not None:
-                    kind = (param.device, param.dtype, _gradient_dtype(param))
+                    kind = (param.device, param.dtype, _gradient_dtype(param), family)
                     members.setdefault(kind, []).append((param, index))
         for kind, chosen in members.items():
-            batch = self._batch(kind, chosen, state)
+            batch = self._batch(kind, chosen, param_groups, state)
             weights = [param.detach() for param, _ in chosen]
             batch.params = [weight if _dense(weight) else weight.contiguous() for weight in weights]
             batch.grads = [
@@ -46,15 +55,22 @@ class PlainBatches:
             gapped = [pair for pair in zip(weights, batch.params, strict=True) if pair[0] is not pair[1]]
             yield batch, _WriteBack(gapped)
 
-    def _batch(self, kind: _Kind, chosen: list[_Member], state: dict[torch.Tensor, Any]) -> SegmentBatch:
+    def _batch(
+        self,
+        kind: _Kind,
+        chosen: list[_Member],
+        param_groups: Sequence[Mapping[str, Any]],
+        state: dict[torch.Tensor, Any],
+    ) -> SegmentBatch:
         cached = self._cache.get(kind)
         if cached is not None and _same(cached[0], chosen) and self._intact(cached, state):
             return cached[1]
-        for param, _ in chosen:
+        names = self._state_names(kind[3])
+        for param, index in chosen:
             if not state[param]:
                 state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                for name in self._state_names:
-                    state[param][name] = _like(param, torch.float32)
+                for name in names:
+                    state[param][name] = _like(param, torch.float32).fill_(self._initial(name, param_groups[index]))
         segments = [Segment("", i, 0, param.numel(), group) for i, (param, group) in enumerate(chosen)]
         batch = SegmentBatch(
             params=[],
@@ -63,10 +79,11 @@ class PlainBatches:
             table=SegmentTable(segments, len(chosen), kind[0]),
             steps=torch.stack([state[param]["step"].to(kind[0], torch.float32).reshape(()) for param, _ in chosen]),
             active=torch.ones(len(chosen), dtype=torch.uint8, device=kind[0]),
+            family=kind[3],
         )
         for index, (param, _) in enumerate(chosen):
             state[param]["step"] = batch.steps[index]
-        for name in self._state_names:
+        for name in names:
             batch.states[name] = [_fp32_state(state[param], name, param) for param, _ in chosen]
         self._cache[kind] = (list(chosen), batch)
         return batch
@@ -77,7 +94,7 @@ class PlainBatches:
         start = batch.steps.data_ptr()
         return all(
             state[param]["step"].data_ptr() == start + 4 * index
-            and all(state[param][name] is batch.states[name][index] for name in self._state_names)
+            and all(state[param][name] is tensors[index] for name, tensors in batch.states.items())
             for index, (param, _) in enumerate(members)
         )
 

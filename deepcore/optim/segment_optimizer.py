@@ -13,16 +13,26 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from deepcore.errors import UsageError
+from deepcore.ops import load
 from deepcore.optim.hyper import HyperTable
 from deepcore.optim.plain import PlainBatches
-from deepcore.sharding.arena import ShardArena
-from deepcore.sharding.segments import SegmentBatch
+from deepcore.sharding.placement import UpdateRule
+from deepcore.sharding.segments import Segment, SegmentBatch
+from deepcore.sharding.update_arena import Form, UpdateArena
+
+Agree = Callable[[torch.Tensor], None]  # sums an fp64 vector, in place, over the ranks that update other elements
+
+
+def alone(vector: torch.Tensor) -> None:
+    """The ``Agree`` of a rank that updates everything."""
 
 
 class SegmentOptimizer(Optimizer, ABC):
     """Base of the fused optimizers.
 
-    Subclasses name their fp32 state in ``STATE`` and give ``hyper_row`` and ``launch``.
+    Subclasses name their fp32 state in ``STATE`` and give ``hyper_row`` and ``launch``. One with several kinds of
+    update tells them apart as families.
     """
 
     STATE: tuple[str, ...] = ()
@@ -30,12 +40,18 @@ class SegmentOptimizer(Optimizer, ABC):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        self._arena: ShardArena | None = None
+        self._arena: UpdateArena | None = None
         self._params: dict[str, torch.nn.Parameter] = {}
+        self._places: dict[torch.Tensor, list[tuple[SegmentBatch, int]]] = {}  # where a parameter's segments are
         self._full_step: Callable[[], None] | None = None
+        self._agree: Agree = alone
         self._hypers: dict[torch.device, HyperTable] = {}
         self._plain: PlainBatches | None = None
         self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        for group in self.param_groups:
+            self.require_valid(group)
+        for device in {param.device.type for group in self.param_groups for param in group["params"]}:
+            load(device)
 
     @abstractmethod
     def hyper_row(self, group: Mapping[str, Any]) -> list[float]:
@@ -45,48 +61,102 @@ class SegmentOptimizer(Optimizer, ABC):
     def launch(self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         """Update every active segment of one batch."""
 
-    def bind(self, arena: ShardArena, params: Mapping[str, torch.nn.Parameter], full_step: Callable[[], None]) -> None:
+    def require_valid(self, group: Mapping[str, Any]) -> None:
+        """Raise ConfigError for a hyperparameter out of range."""
+
+    def family(self, group: Mapping[str, Any]) -> str:
+        """Which kind of update the parameters of a param_group get."""
+        return ""
+
+    def state_names(self, family: str) -> tuple[str, ...]:
+        """The fp32 state tensors of a parameter of a family."""
+        return self.STATE
+
+    def initial_state(self, name: str, group: Mapping[str, Any]) -> float:
+        """What state ``name`` holds before the first step."""
+        return 0.0
+
+    def rule(self, group: Mapping[str, Any], form: Form) -> UpdateRule:
+        """How a parameter of ``form`` in a param_group wants to be updated."""
+        return UpdateRule(self.family(group))
+
+    def rules(self, params: Mapping[str, torch.nn.Parameter], forms: Mapping[str, Form]) -> dict[str, UpdateRule]:
+        """The rule of every parameter, by name."""
+        group_of = self._group_of()
+        return {name: self.rule(self.param_groups[group_of[param]], forms[name]) for name, param in params.items()}
+
+    def _group_of(self) -> dict[torch.Tensor, int]:
+        return {param: row for row, group in enumerate(self.param_groups) for param in group["params"]}
+
+    def bind(
+        self,
+        arena: UpdateArena,
+        params: Mapping[str, torch.nn.Parameter],
+        full_step: Callable[[], None],
+        agree: Agree = alone,
+    ) -> None:
         """Keep the state in an arena from now on, and let ``step`` be a full step of the training core.
 
         Args:
-            arena: holder of masters, gradients and state.
+            arena: holder of masters, gradients and state, placed by ``rules``.
             params: the arena's parameters by name.
             full_step: reduces, clips, updates and publishes.
+            agree: completes sums over parameters of which other ranks hold other parts. Collective.
         """
-        self._arena, self._full_step, self._params = arena, full_step, dict(params)
-        arena.allocate_state(self.STATE)
+        self._arena, self._full_step, self._agree, self._params = arena, full_step, agree, dict(params)
+        for family in sorted({batch.family for batch in arena.batches}):
+            arena.allocate_state(self.state_names(family), family)
+        self._places = {}
+        for batch in arena.batches:
+            for index, segment in enumerate(batch.table.segments):
+                self._places.setdefault(params[segment.name], []).append((batch, index))
         self.assign_groups()
+        self._fill_state()
         earlier = {param: dict(self.state[param]) for param in params.values() if self.state.get(param)}
         self._expose_state()
         for param, state in earlier.items():
             self._restore(param, state)
 
+    def _fill_state(self) -> None:
+        group_of = self._group_of()
+        for param, places in self._places.items():
+            group = self.param_groups[group_of[param]]
+            for batch, index in places:
+                segment = batch.table.segments[index]
+                for name, tensors in batch.states.items():
+                    value = self.initial_state(name, group)
+                    if value:
+                        _elements(tensors[segment.tensor], segment).fill_(value)
+
     def _expose_state(self) -> None:
         """Show each parameter's state in ``self.state``, as views of the arena, where it lies whole on this rank."""
         assert self._arena is not None
-        for batch in self._arena.batches:
-            for index, segment in enumerate(batch.table.segments):
-                param = self._params[segment.name]
-                if segment.numel != param.numel():
-                    continue
-                views = {
-                    name: tensors[segment.tensor].as_strided(param.shape, param.stride(), segment.begin)
-                    for name, tensors in batch.states.items()
-                }
+        for param, places in self._places.items():
+            batch, index = places[0]
+            segment = batch.table.segments[index]
+            form = self._arena.forms[segment.name]
+            if segment.numel == form.numel:
+                views = {name: form.view(tensors[segment.tensor], segment) for name, tensors in batch.states.items()}
                 self.state[param] = {"step": batch.steps[index], **views}
 
     def assign_groups(self) -> None:
         """Let every segment follow the param_group of its parameter."""
         assert self._arena is not None
-        row_of = {param: row for row, group in enumerate(self.param_groups) for param in group["params"]}
-        self._arena.assign_hyper({name: row_of[param] for name, param in self._params.items()})
+        group_of = self._group_of()
+        self._arena.assign_hyper({name: group_of[param] for name, param in self._params.items()})
 
     def update(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
-        """Update the arena's shards: gradients times ``grad_scale`` (fp32, 1), nothing at all if ``skip`` (fp32, 1)."""
+        """Update the arena: gradients times ``grad_scale`` (fp32, 1), nothing at all if ``skip`` (fp32, 1)."""
         assert self._arena is not None
-        for batch in self._arena.batches:
-            self.launch(batch, self._hyper(batch.steps.device), grad_scale, skip)
+        self._arena.collect()
+        self.update_batches(self._arena, grad_scale, skip)
+        self._arena.deliver()
         self._opt_called = True  # torch's schedulers ask whether a step came before theirs
+
+    def update_batches(self, arena: UpdateArena, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
+        """Launch over every batch; optimizers whose update spans batches or ranks do it their own way."""
+        for batch in arena.batches:
+            self.launch(batch, self.hyper(batch.steps.device), grad_scale, skip)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Under an engine: reduce, clip, update and publish, as ``engine.step()`` at a boundary would."""
@@ -103,16 +173,17 @@ class SegmentOptimizer(Optimizer, ABC):
     @torch.no_grad()
     def _step_plain(self) -> None:
         if self._plain is None:
-            self._plain = PlainBatches(self.STATE)
+            self._plain = PlainBatches(self.family, self.state_names, self.initial_state)
         for batch, write_back in self._plain.batches(self.param_groups, self.state):
             device = batch.steps.device
             if device not in self._constants:
                 self._constants[device] = (torch.ones(1, device=device), torch.zeros(1, device=device))
             one, never = self._constants[device]
-            self.launch(batch, self._hyper(device), one, never)
+            self.launch(batch, self.hyper(device), one, never)
             write_back()
 
-    def _hyper(self, device: torch.device) -> torch.Tensor:
+    def hyper(self, device: torch.device) -> torch.Tensor:
+        """The table of hyperparameters on a device, up to date."""
         if device not in self._hypers:
             self._hypers[device] = HyperTable(device)
         return self._hypers[device].refresh([self.hyper_row(group) for group in self.param_groups])
@@ -129,9 +200,31 @@ class SegmentOptimizer(Optimizer, ABC):
                 self._restore(param, state_dict["state"][key])
 
     def _restore(self, param: torch.Tensor, saved: Mapping[str, Any]) -> None:
-        if self._arena is not None:
-            for name, value in saved.items():
-                self.state[param][name].copy_(value)
+        if self._arena is None:
+            fresh = {name: value.to(param.device, torch.float32, copy=True) for name, value in saved.items()}
+            self.state[param] = fresh
             return
-        fresh = {name: value.to(param.device, torch.float32, copy=True) for name, value in saved.items()}
-        self.state[param] = fresh
+        for batch, index in self._places.get(param, []):
+            _restore_segment(batch, index, self._arena.forms[batch.table.segments[index].name], saved)
+
+
+def _restore_segment(batch: SegmentBatch, index: int, form: Form, saved: Mapping[str, torch.Tensor]) -> None:
+    """Take one segment's part of a parameter's whole state."""
+    segment = batch.table.segments[index]
+    if saved.keys() != {"step", *batch.states}:
+        raise UsageError(
+            f"the state to load for parameter '{segment.name}' is another optimizer's",
+            got=", ".join(saved),
+            expected=", ".join(["step", *batch.states]),
+            do="load it into the class of optimizer that saved it",
+        )
+    batch.steps[index] = saved["step"]
+    for name, tensors in batch.states.items():
+        ordered = torch.empty_strided(form.shape, form.stride, dtype=torch.float32).copy_(saved[name])
+        memory = ordered.as_strided((form.numel,), (1,))
+        _elements(tensors[segment.tensor], segment).copy_(memory[segment.offset : segment.offset + segment.numel])
+
+
+def _elements(tensor: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """The elements of a segment, in memory order."""
+    return tensor.as_strided((segment.numel,), (1,), tensor.storage_offset() + segment.begin)

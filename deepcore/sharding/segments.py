@@ -15,13 +15,17 @@ from deepcore.ops.reference.segments import CHUNK_NUMEL, COLUMNS, HYPER
 
 @dataclass(frozen=True)
 class Segment:
-    """``numel`` elements from ``begin`` of tensor number ``tensor``, updated with hyperparameter row ``hyper``."""
+    """``numel`` elements from ``begin`` of tensor number ``tensor``, updated with hyperparameter row ``hyper``.
+
+    They are those of parameter ``name`` from its element ``offset`` on, in the parameter's memory order.
+    """
 
     name: str
     tensor: int
     begin: int
     numel: int
     hyper: int = 0
+    offset: int = 0
 
 
 class SegmentTable:
@@ -50,6 +54,11 @@ class SegmentTable:
     def __len__(self) -> int:
         return len(self.segments)
 
+    @property
+    def hyper(self) -> torch.Tensor:
+        """int64 (S,) on the device: the hyperparameter row of each segment."""
+        return self.rows[:, HYPER]
+
     def set_hyper(self, hyper: Sequence[int]) -> None:
         """Point every segment at a hyperparameter row; ``hyper`` has one index per segment."""
         self.rows[:, HYPER] = torch.tensor(hyper, dtype=torch.int64).to(self.rows.device)
@@ -60,7 +69,8 @@ class SegmentBatch:
     """Everything one launch of an optimizer kernel needs, hyperparameters excepted.
 
     ``params``, ``grads``, each list of ``states`` and ``copies`` (when not empty) are co-indexed: a segment's
-    range is the same in all of them. ``steps`` is fp32 (S,); ``active`` is uint8 (S,).
+    range is the same in all of them. ``steps`` is fp32 (S,); ``active`` is uint8 (S,). ``family`` names what kind
+    of update all segments get, where an optimizer has several.
     """
 
     params: list[torch.Tensor]
@@ -70,3 +80,4 @@ class SegmentBatch:
     steps: torch.Tensor
     active: torch.Tensor
     states: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    family: str = ""

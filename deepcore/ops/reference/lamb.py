@@ -12,8 +12,8 @@ import torch
 from deepcore.ops.reference.segments import due
 from deepcore.ops.reference.segments import flat as memory_of
 
-HYPER_COLUMNS = 6  # fp64 columns of a hyperparameter row:
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, BIAS_CORRECTION = range(HYPER_COLUMNS)
+HYPER_COLUMNS = 8  # fp64 columns of a hyperparameter row (the last two bound the ratio, which is the caller's):
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, BIAS_CORRECTION, MIN_COEFF, MAX_COEFF = range(HYPER_COLUMNS)
 
 
 def lamb_moments_(
@@ -46,7 +46,7 @@ def lamb_moments_(
         params: T dense tensors of one dtype (fp32, bf16, fp16), read only.
         grads: T dense tensors of one dtype (fp32, bf16, fp16).
         exp_avgs, exp_avg_sqs: T dense fp32 tensors, updated in place.
-        hyper: fp64 (H, 6) on the device, a row per hyperparameter set.
+        hyper: fp64 (H, 8) on the device, a row per hyperparameter set.
         squares: fp64 (S, 2) on the device; receives the sums of p^2 and u^2 over each segment, accumulated in fp64;
             0 where a segment is not active, and everywhere under ``skip``.
         segments, chunk_offsets, steps, active, grad_scale, skip: see ``adam_``.
@@ -103,7 +103,7 @@ def lamb_apply_(
 
 
 def _update(p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, hyper: list[float], t: float) -> torch.Tensor:
-    _, beta1, beta2, eps, decay, correct = hyper[:HYPER_COLUMNS]
+    _, beta1, beta2, eps, decay, correct = hyper[:MIN_COEFF]
     unbias1 = 1 / (1 - math.pow(beta1, t)) if correct else 1.0
     unbias2 = 1 / math.sqrt(1 - math.pow(beta2, t)) if correct else 1.0
     u = m * unbias1 / (v.sqrt() * unbias2 + eps)

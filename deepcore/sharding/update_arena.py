@@ -1,0 +1,72 @@
+"""Owns what an optimizer may see of a rank's memory: batches of segments, whose they are, and their shapes.
+
+Knows nothing of where the memory comes from or of ranks; subclasses do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepcore.sharding.segments import Segment, SegmentBatch
+
+
+@dataclass(frozen=True)
+class Form:
+    """Shape and strides (elements) of a whole parameter, known also where only a part of it is at hand."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def view(self, tensor: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """The parameter as a view of ``tensor``, in which ``segment`` holds it from end to end."""
+        assert segment.numel == self.numel
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + segment.begin)
+
+
+class UpdateArena:
+    """The masters, gradients and state that one rank updates.
+
+    An update is ``collect()``, launches over ``batches``, ``deliver()``.
+
+    Attributes:
+        device: of all tensors of the batches.
+        names: of all parameters, also of those that other ranks update.
+        usage: uint8 (P,), a flag per parameter in that order: 1 where a gradient arrived in this window.
+        forms: shape and strides of every parameter by name.
+        batches: what is updated here, one per family and combination of dtypes.
+        params_of: per batch, int64 (S,): the parameter, as an index of ``names``, of each segment.
+        is_whole: whether this rank updates every parameter from end to end.
+    """
+
+    device: torch.device
+    names: list[str]
+    usage: torch.Tensor
+    forms: dict[str, Form]
+    batches: list[SegmentBatch]
+    params_of: list[torch.Tensor]
+    is_whole: bool
+
+    def collect(self) -> None:
+        """Bring what the coming update reads into the batches. Collective in arenas that span ranks."""
+
+    def deliver(self) -> None:
+        """Bring what the update wrote to where the weights are published from. Collective likewise."""
+
+    def allocate_state(self, names: Sequence[str], family: str = "") -> None:
+        """Make one zeroed fp32 tensor per master for each name of optimizer state of a family."""
+        for batch in self.batches:
+            if batch.family == family:
+                for name in names:
+                    batch.states[name] = [torch.zeros_like(param, dtype=torch.float32) for param in batch.params]
+
+    def assign_hyper(self, index_of: Mapping[str, int]) -> None:
+        """Point every segment at the hyperparameter row of its parameter, given by parameter name."""
+        for batch in self.batches:
+            batch.table.set_hyper([index_of[segment.name] for segment in batch.table.segments])
