@@ -19,6 +19,7 @@ from deepcore.errors import CommError
 
 _DIMS = ("pp", "dp", "sp", "tp")
 _OPS = ("sum", "max", "min")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Axis:
     group: dist.ProcessGroup | None
     transport: Transport
     reduce_group: dist.ProcessGroup | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
         """Reduce ``tensor`` in place over the axis; op is "sum", "max" or "min"."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from deepcore.config.catalog import PLANNED_OPTIMIZERS
 from deepcore.config.ledger import Problem
 from deepcore.config.paths import shown
 from deepcore.config.settings import Settings
@@ -50,10 +49,8 @@ def _among(*values: Any) -> Callable[[Any], bool]:
 
 _REMOVE = "remove it"
 UNBUILT: tuple[Unbuilt, ...] = (
-    Unbuilt("zero_optimization.stage", _above(2), "stages 0 to 2 train today"),
     Unbuilt("zero_optimization.offload_param.device", _other_than("none"), 'use "none"'),
     Unbuilt("zero_optimization.offload_optimizer.device", _other_than("none"), 'use "none"'),
-    Unbuilt("zero_optimization.replicate_optimizer", _on, "stage 0 keeps the state whole anyway"),
     Unbuilt("fp16.fp16_master_weights_and_grads", _on, "masters are fp32"),
     Unbuilt("bf16.bf16_optimizer_states", _on, "moments are fp32"),
     Unbuilt(
@@ -74,7 +71,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt("gradient_predivide_factor", _other_than(1.0), _REMOVE),
     Unbuilt("managed_gradient_accumulation", _off, "use engine.no_sync() or set_gradient_accumulation_boundary()"),
     Unbuilt("deterministic", _on, "one rank is deterministic; remove it"),
-    Unbuilt("optimizer.type", _among(*PLANNED_OPTIMIZERS), "use Adam, AdamW, or a class of torch.optim by its name"),
     Unbuilt(
         "optimizer.params.amsgrad",
         _on,

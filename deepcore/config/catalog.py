@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, NamedTuple
 
-Kind = Literal["rate", "rates", "fraction", "count", "flag", "betas", "curve", "number"]
+Kind = Literal["rate", "rates", "fraction", "count", "flag", "betas", "curve", "number", "choice"]
 REQUIRED: Final = object()
 
 
 class Param(NamedTuple):
-    """One constructor argument: what values it takes, its default, its meaning."""
+    """One constructor argument: what values it takes, its default, its meaning; the values of a choice."""
 
     kind: Kind
     default: Any
     description: str
+    choices: tuple[str, ...] = ()
 
 
 _ADAM: dict[str, Param] = {
@@ -30,8 +31,62 @@ _ADAM: dict[str, Param] = {
     "adam_w_mode": Param("flag", None, "Decoupled weight decay; unset: as the type says."),
     "fp32_optimizer_states": Param("flag", True, "Keep the moments in fp32."),
 }
-OPTIMIZERS: dict[str, dict[str, Param]] = {"Adam": _ADAM, "AdamW": _ADAM}
-PLANNED_OPTIMIZERS = ("Lamb", "Lion", "Muon")
+_LAMB: dict[str, Param] = {
+    "lr": Param("rate", 1e-3, "Learning rate."),
+    "bias_correction": Param("flag", True, "Correct the moments for their zero start."),
+    "betas": Param("betas", [0.9, 0.999], "Decay rates of the two moments."),
+    "eps": Param("rate", 1e-8, "Added to the denominator."),
+    "eps_inside_sqrt": Param("flag", False, "Not offered: eps is added after the root."),
+    "weight_decay": Param("rate", 0.0, "Decoupled weight decay."),
+    "max_coeff": Param("rate", 10.0, "Largest trust ratio."),
+    "min_coeff": Param("rate", 0.01, "Smallest trust ratio."),
+}
+_LION: dict[str, Param] = {
+    "lr": Param("rate", 1e-4, "Learning rate."),
+    "betas": Param("betas", [0.9, 0.99], "Decay rates of the interpolation and of the momentum."),
+    "weight_decay": Param("rate", 0.0, "Decoupled weight decay."),
+}
+_ADAGRAD: dict[str, Param] = {
+    "lr": Param("rate", 1e-2, "Learning rate."),
+    "lr_decay": Param("rate", 0.0, "Decay of the learning rate with the steps."),
+    "weight_decay": Param("rate", 0.0, "L2 weight decay."),
+    "initial_accumulator_value": Param("rate", 0.0, "Sum of squares before the first step."),
+    "eps": Param("rate", 1e-10, "Added to the denominator."),
+}
+_SGD: dict[str, Param] = {
+    "lr": Param("rate", 1e-3, "Learning rate."),
+    "momentum": Param("rate", 0.0, "Factor of the momentum buffer."),
+    "dampening": Param("number", 0.0, "Of what a gradient adds to the momentum buffer."),
+    "weight_decay": Param("rate", 0.0, "L2 weight decay."),
+    "nesterov": Param("flag", False, "Nesterov's momentum."),
+}
+_MUON: dict[str, Param] = {
+    "lr": Param("rate", None, "Learning rate of both kinds of parameters; unset: 0.02 for Muon's, 3e-4 for AdamW's."),
+    "muon_lr": Param("rate", None, "Learning rate of the matrices; unset: lr."),
+    "adam_lr": Param("rate", None, "Learning rate of everything else; unset: lr."),
+    "momentum": Param("fraction", 0.95, "Decay rate of the matrices' momentum."),
+    "nesterov": Param("flag", True, "Nesterov's momentum for the matrices."),
+    "betas": Param("betas", [0.9, 0.95], "Decay rates of AdamW's moments."),
+    "eps": Param("rate", 1e-10, "Added to AdamW's denominator."),
+    "weight_decay": Param("rate", 0.0, "Decoupled weight decay of both kinds."),
+    "ns_method": Param(
+        "choice", "standard", "Newton-Schulz on the matrix, or on its Gram matrix.", ("standard", "gram")
+    ),
+    "ns_steps": Param("count", 5, "Newton-Schulz iterations."),
+    "ns_dtype": Param("choice", "bf16", "Precision of the Newton-Schulz iterations.", ("bf16", "fp32")),
+    "adjust_lr_fn": Param(
+        "choice", "original", "How the rate follows a matrix's shape.", ("original", "match_rms_adamw")
+    ),
+}
+OPTIMIZERS: dict[str, dict[str, Param]] = {
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
+    "Lamb": _LAMB,
+    "Lion": _LION,
+    "Adagrad": _ADAGRAD,
+    "SGD": _SGD,
+    "Muon": _MUON,
+}
 REFUSED_OPTIMIZERS: dict[str, str] = {
     **dict.fromkeys(
         ("OneBitAdam", "ZeroOneAdam", "OneBitLamb"),

@@ -14,7 +14,6 @@ from typing import Any
 from deepcore.config.catalog import (
     NOT_FROM_CONFIG,
     OPTIMIZERS,
-    PLANNED_OPTIMIZERS,
     REFUSED_OPTIMIZERS,
     REQUIRED,
     SCHEDULES,
@@ -40,7 +39,7 @@ def check_optimizer(section: dict[str, Any], ledger: Ledger) -> None:
     """Checks ``optimizer`` in place: a built-in type gets its usual spelling, "auto" parameters go."""
     if not isinstance(section.get("type"), str) or not isinstance(section.get("params", {}), dict):
         return
-    names = (*OPTIMIZERS, *PLANNED_OPTIMIZERS, *REFUSED_OPTIMIZERS)
+    names = (*OPTIMIZERS, *REFUSED_OPTIMIZERS)
     kind = _spelled(section, names)
     if kind in REFUSED_OPTIMIZERS:
         ledger.problems.append(Problem(f"optimizer.type {kind} is not offered: {REFUSED_OPTIMIZERS[kind]}"))
@@ -54,8 +53,8 @@ def check_optimizer(section: dict[str, Any], ledger: Ledger) -> None:
         if params.get("torch_adam") is True and "adam_w_mode" in params:
             section["type"] = "AdamW" if params.pop("adam_w_mode") else "Adam"
             ledger.note("optimizer.type", f"{kind} with adam_w_mode, which torch's classes do not have")
-    elif kind not in PLANNED_OPTIMIZERS:
-        _check_torch("optimizer", section, (*OPTIMIZERS, *PLANNED_OPTIMIZERS), ledger)
+    else:
+        _check_torch("optimizer", section, OPTIMIZERS, ledger)
 
 
 def check_scheduler(section: dict[str, Any], ledger: Ledger) -> None:
@@ -91,6 +90,9 @@ def _refuse_contradictions(kind: str, params: dict[str, Any], ledger: Ledger) ->
     if kind == "AdamW" and params.get("adam_w_mode") is False:
         what = 'optimizer.type "AdamW" means decoupled weight decay, and optimizer.params.adam_w_mode false denies it'
         ledger.problems.append(Problem(what, do='set the type to "Adam" for L2 decay, or remove adam_w_mode'))
+    if params.get("eps_inside_sqrt") is True:
+        what = "optimizer.params.eps_inside_sqrt is not offered: eps is added after the root, as LAMB's paper has it"
+        ledger.problems.append(Problem(what, got="true", do="remove it"))
     if params.get("torch_adam") is True and params.get("bias_correction") is False:
         what = "torch's own Adam always corrects the bias, and optimizer.params.bias_correction false denies it"
         ledger.problems.append(Problem(what, do="remove torch_adam, or bias_correction"))
@@ -98,7 +100,7 @@ def _refuse_contradictions(kind: str, params: dict[str, Any], ledger: Ledger) ->
 
 def _drop_idle(params: dict[str, Any]) -> None:
     """Takes out arguments that say what happens anyway and that constructors do not have."""
-    idle = {"torch_adam": False, "fp32_optimizer_states": True}
+    idle = {"torch_adam": False, "fp32_optimizer_states": True, "eps_inside_sqrt": False}
     if params.get("torch_adam") is True:
         idle["bias_correction"] = True
     for name, value in idle.items():
@@ -114,17 +116,21 @@ def _check_params(section: str, kind: str, params: dict[str, Any], known: dict[s
         if param.default is REQUIRED and is_unset(value):
             what = f"{path} is required by {kind}, and there is nothing to infer it from"
             got = "nothing" if value is MISSING else shown(value)
-            ledger.problems.append(Problem(what, got=got, expected=_EXPECTED[param.kind], do=f"set {path}"))
+            ledger.problems.append(Problem(what, got=got, expected=_expected(param), do=f"set {path}"))
         elif value == "auto" and isinstance(value, str) and name == "lr":
             ledger.problems.append(_auto_lr(path))
         elif value is not MISSING and is_unset(value):
             del params[name]
             ledger.mark(path, "inferred" if value else "default", f"{'auto' if value else 'null'}: the default")
-        elif value is not MISSING and not _fits(param.kind, value):
+        elif value is not MISSING and not _fits(param.kind, value, param.choices):
             what = f"{path} has a value that it cannot take"
-            ledger.problems.append(Problem(what, got=shown(value), expected=_EXPECTED[param.kind]))
+            ledger.problems.append(Problem(what, got=shown(value), expected=_expected(param)))
         elif value is not MISSING and param.kind == "count":
             params[name] = int(value)
+
+
+def _expected(param: Param) -> str:
+    return " or ".join(f'"{choice}"' for choice in param.choices) or _EXPECTED[param.kind]
 
 
 def _auto_lr(path: str) -> Problem:
@@ -141,7 +147,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _fits(kind: Kind, value: Any) -> bool:
+def _fits(kind: Kind, value: Any, choices: tuple[str, ...] = ()) -> bool:
+    if kind == "choice":
+        return value in choices
     if kind == "flag":
         return isinstance(value, bool)
     if kind == "curve":

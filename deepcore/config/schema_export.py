@@ -68,7 +68,8 @@ def _complete(section: dict[str, Any], known: dict[str, dict[str, Param]]) -> No
     params: dict[str, Any] = {}
     for table in known.values():
         for name, param in table.items():
-            options = [_TYPES[param.kind], {"const": "auto"}, {"type": "null"}]
+            shape = {"enum": list(param.choices)} if param.choices else _TYPES[param.kind]
+            options = [shape, {"const": "auto"}, {"type": "null"}]
             params[name] = {"description": param.description, "anyOf": options}
     section["properties"]["params"] = {
         "type": "object",

@@ -10,37 +10,40 @@ from typing import Any
 
 import torch
 
-from deepcore.comm.mesh import Mesh
+from deepcore.comm.mesh import Axis, Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings
 from deepcore.engine.clock import Clock
 from deepcore.engine.core import StepSettings, TrainCore
 from deepcore.engine.engine import Engine
+from deepcore.engine.grouping import Grouper, Grouping
 from deepcore.engine.placement import cast_rest, share_weights
 from deepcore.engine.regime import policy_from, scaler_from
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
 from deepcore.precision.casts import ForwardCasts
-from deepcore.precision.policy import PrecisionPolicy
 from deepcore.precision.scaler import LossScaler
-from deepcore.sharding.group import FlatGroup, GroupDtypes
-from deepcore.sharding.units import plan_groups
-from deepcore.zero import STAGES
+from deepcore.zero import STAGES, Stage3, ZeroStrategy
 from deepcore.zero.hooks import keep_in_fp32
+from deepcore.zero.updates import place_updates
+from deepcore.zero.wiring import TrafficSettings, build_traffic, keep_shard
 
 
 def build_engine(
     model: torch.nn.Module, client: Any, model_parameters: Iterable[Any] | None, world: World, settings: Settings
 ) -> tuple[Engine, torch.optim.Optimizer | None]:
     """The engine, and the base optimizer that a callable lr_scheduler receives."""
-    mesh = Mesh.build(world)
+    mesh = Mesh.build(world, separate_reductions=settings.zero_optimization.stage == 3)
     model.to(world.device)
     policy = policy_from(settings)
     casts = ForwardCasts(policy.inputs, policy.autocast, world.device.type)
     wanted = collect_groups(model, model_parameters)
-    optimizer, base = make_optimizer(client, settings.optimizer, wanted)
-    groups = _flatten(model, optimizer, policy, mesh, settings)
-    share_weights(model, groups, mesh.zero_axis, world.device)
-    cast_rest(model, groups, policy)
+    names: dict[torch.Tensor, str] = {param: name for name, param in model.named_parameters()}
+    optimizer, base = make_optimizer(client, settings.optimizer, wanted, names)
+    axis = mesh.zero_axis
+    chosen = _chosen(model, optimizer)
+    grouping = Grouper(model, policy, axis, settings).group(chosen)
+    share_weights(model, grouping.everything, axis, world.device)
+    cast_rest(model, grouping.everything, policy)
     if policy.param is not None:
         keep_in_fp32(policy.fp32_islands(model), policy.param)
     clock = Clock(
@@ -48,17 +51,22 @@ def build_engine(
         accumulation=settings.gradient_accumulation_steps,
         world=mesh.dp.size,
     )
+    strategy = _make_strategy(model, grouping, axis, settings)
     if optimizer is None:
-        return Engine(model, None, clock, world, mesh, settings, casts), None
-    overlap = settings.zero_optimization.overlap_comm is not False
-    strategy = STAGES[settings.zero_optimization.stage](groups, mesh.zero_axis, overlap=overlap)
+        strategy.attach()
+        return Engine(model, strategy, None, clock, world, mesh, settings, casts), None
     replicas = 1 if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
     scaler = LossScaler(scaler_from(settings), world.device)
     step = StepSettings(settings.gradient_clipping, replicas, _checks_finite(settings))
     core = TrainCore(strategy, optimizer, scaler, clock, step)
-    engine = Engine(model, core, clock, world, mesh, settings, casts)
-    params = {name: param for group in groups for name, param in zip(group.names, group.params, strict=True)}
-    optimizer.bind(strategy.arena, params, engine.full_step)
+    engine = Engine(model, strategy, core, clock, world, mesh, settings, casts)
+    params = {
+        name: param for group in grouping.trainable for name, param in zip(group.names, group.params, strict=True)
+    }
+    rules = optimizer.rules(params, strategy.arena.forms)
+    replicate = settings.zero_optimization.replicate_optimizer
+    arena, agree = place_updates(strategy, mesh.zero_axis, rules, replicate=replicate)
+    optimizer.bind(arena, params, engine.full_step, agree)
     strategy.attach()
     return engine, base
 
@@ -67,27 +75,31 @@ def _checks_finite(settings: Settings) -> bool:
     return not settings.bf16.enabled or settings.bf16.check_grad_overflow
 
 
-def _dtypes_of(param: torch.dtype, policy: PrecisionPolicy) -> GroupDtypes:
-    return GroupDtypes(policy.master_of(param), policy.accumulate_of(param), policy.reduce)
-
-
-def _flatten(
-    model: torch.nn.Module,
-    optimizer: EngineOptimizer | None,
-    policy: PrecisionPolicy,
-    mesh: Mesh,
-    settings: Settings,
-) -> list[FlatGroup]:
-    """Flat groups of the parameters that the optimizer trains, holding the model's values."""
+def _chosen(model: torch.nn.Module, optimizer: EngineOptimizer | None) -> set[torch.nn.Parameter]:
     if optimizer is None:
-        return []
+        return set()
     require_ours(model, optimizer.param_groups)
-    chosen = {param for group in optimizer.param_groups for param in group["params"]}
-    named = [(name, param) for name, param in model.named_parameters() if param in chosen and param.requires_grad]
-    axis = mesh.zero_axis
-    bound = settings.zero_optimization.reduce_bucket_size
-    plans = plan_groups(named, axis=axis.name, dtype_of=policy.param_dtypes(model), max_numel=bound)
-    groups = [FlatGroup(plan, axis.size, _dtypes_of(plan.key.dtype, policy)) for plan in plans]
-    for group in groups:
-        group.adopt()
-    return groups
+    return {param for group in optimizer.param_groups for param in group["params"]}
+
+
+def _make_strategy(model: torch.nn.Module, grouping: Grouping, axis: Axis, settings: Settings) -> ZeroStrategy:
+    zero = settings.zero_optimization
+    overlap = zero.overlap_comm is not False
+    if zero.stage < 3:
+        return STAGES[zero.stage](grouping.trainable, axis, overlap=overlap)
+    for group in grouping.frozen:
+        keep_shard(group, axis.rank)
+    kept = TrafficSettings(zero.stage3_prefetch_bucket_size, zero.stage3_uniform_control_flow, _keep_numel(settings))
+    traffic = build_traffic(model, grouping.plans, grouping.units, axis, kept)
+    return Stage3(grouping.trainable, axis, overlap=overlap, traffic=traffic)
+
+
+def _keep_numel(settings: Settings) -> int | None:
+    """Elements that may stay full between forward and backward: a unit is used again within twice that distance."""
+    zero = settings.zero_optimization
+    if zero.stage3_max_reuse_distance is None and zero.stage3_max_live_parameters is None:
+        return None
+    distance = zero.stage3_max_reuse_distance
+    live = zero.stage3_max_live_parameters
+    bounds = [distance // 2 if distance is not None else None, live]
+    return min(bound for bound in bounds if bound is not None)

@@ -21,6 +21,7 @@ from deepcore.engine.progress import StepPrinter
 from deepcore.engine.report import exhausted_scale, skip_message
 from deepcore.errors import UsageError
 from deepcore.precision.casts import ForwardCasts
+from deepcore.zero.strategy import ZeroStrategy
 
 
 class Engine(torch.nn.Module):
@@ -42,6 +43,7 @@ class Engine(torch.nn.Module):
     def __init__(
         self,
         module: torch.nn.Module,
+        strategy: ZeroStrategy,
         core: TrainCore | None,
         clock: Clock,
         world: World,
@@ -51,6 +53,7 @@ class Engine(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.module = module
+        self.strategy = strategy
         self.core = core
         self.clock = clock
         self.world = world
@@ -180,8 +183,8 @@ class Engine(torch.nn.Module):
         self._destroyed = True
         if self.core is not None:
             self.core.clear()
-            self.core.strategy.detach()
             self.core.kill("engine.destroy() was called")
+        self.strategy.detach()
         self.mesh.destroy()
 
     # --- what users read ------------------------------------------------------------------------------------------
@@ -291,8 +294,10 @@ class Engine(torch.nn.Module):
         return [group.get("betas", group.get("momentum")) for group in groups]
 
     def module_state_dict(self) -> dict[str, Any]:
-        """The module's state dict."""
-        return self.module.state_dict()
+        """The module's state dict with whole weights, copied; collective at stage 3."""
+        with self.strategy.materialize():
+            state = self.module.state_dict()
+            return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
     def _require_core(self, verb: str) -> TrainCore:
         if self.core is None:

@@ -5,8 +5,11 @@ Knows nothing of tensors or process groups: costs and counts in, ranks out, the 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from deepcore.sharding.layout import ShardLayout
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,40 @@ class UpdateRule:
     cost: int = 0
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The run of a parameter in one rank's shard: offsets in elements, from the shard's and the slot's start."""
+
+    rank: int
+    in_shard: int
+    in_slot: int
+    numel: int
+
+
+def cut_slots(layout: ShardLayout, *, whole: bool) -> list[list[Cut]]:
+    """Per slot of a group, its cuts in rank order; an empty slot has none.
+
+    Args:
+        layout: of the group.
+        whole: one rank, number 0, holds everything, whatever the number of shards.
+    """
+    size = layout.numel if whole else layout.shard_numel
+    found: list[list[Cut]] = []
+    for slot in layout.slots:
+        cuts = []
+        for rank in range(slot.start // size, -(-slot.end // size)) if slot.numel else ():
+            low, high = max(slot.start, rank * size), min(slot.end, (rank + 1) * size)
+            cuts.append(Cut(rank, low - rank * size, low - slot.start, high - low))
+        found.append(cuts)
+    return found
+
+
 def assign_owners(costs: Sequence[int], held: Sequence[Mapping[int, int]], num_ranks: int) -> list[int]:
     """Choose the rank that updates each parameter: loads balanced first, then as little travel as possible.
 
-    Parameters are taken by falling cost. Each goes to the rank that holds most of it already, unless that rank
-    would get more than the largest load of the plain greedy assignment (to the least loaded rank each time, which is
-    within 4/3 of the best: Graham 1969); so no rank ever gets more than that.
+    Parameters are taken by falling cost. Each goes to the rank that holds most of it already, or else to the least
+    loaded one, so long as no rank gets more than the largest load of the plain greedy assignment (to the least loaded
+    rank each time, within 4/3 of the best: Graham 1969). Where that does not work out, the plain one it is.
 
     Args:
         costs: per parameter.
@@ -41,21 +72,37 @@ def assign_owners(costs: Sequence[int], held: Sequence[Mapping[int, int]], num_r
     """
     order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
     plain, bound = _greedy(order, costs, num_ranks)
-    owners, loads = [0] * len(costs), [0] * num_ranks
+    owners, loads = [0] * len(costs), _Loads(num_ranks)
     for index in order:
-        fits = [rank for rank in range(num_ranks) if loads[rank] + costs[index] <= bound]
+        holders = sorted(held[index], key=lambda rank: (-held[index][rank], loads.of[rank], rank))
+        fits = [rank for rank in (*holders, loads.least()) if loads.of[rank] + costs[index] <= bound]
         if not fits:
             return plain
-        owner = min(fits, key=lambda rank: (-held[index].get(rank, 0), loads[rank], rank))
-        owners[index] = owner
-        loads[owner] += costs[index]
+        owners[index] = fits[0]
+        loads.add(fits[0], costs[index])
     return owners
 
 
 def _greedy(order: Sequence[int], costs: Sequence[int], num_ranks: int) -> tuple[list[int], int]:
-    owners, loads = [0] * len(costs), [0] * num_ranks
+    owners, loads = [0] * len(costs), _Loads(num_ranks)
     for index in order:
-        owner = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
-        owners[index] = owner
-        loads[owner] += costs[index]
-    return owners, max(loads)
+        owners[index] = loads.least()
+        loads.add(owners[index], costs[index])
+    return owners, max(loads.of)
+
+
+class _Loads:
+    """The load of each rank, and the least loaded one (the lowest of several)."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.of = [0] * num_ranks
+        self._heap = [(0, rank) for rank in range(num_ranks)]
+
+    def add(self, rank: int, cost: int) -> None:
+        self.of[rank] += cost
+        heapq.heappush(self._heap, (self.of[rank], rank))
+
+    def least(self) -> int:
+        while self._heap[0][0] != self.of[self._heap[0][1]]:  # an entry from before a load was added
+            heapq.heappop(self._heap)
+        return self._heap[0][1]

@@ -5,6 +5,7 @@ Knows nothing of parameters or windows.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import torch
 
 from deepcore.comm.collectives import Work
 from deepcore.comm.mesh import Axis
+
+_POLL = 5e-5  # seconds between two looks at a collective
 
 
 @dataclass
@@ -96,6 +99,28 @@ class GradReducer:
             item = self._pending.pop(0)
             item.work.wait()
             item.complete()
+
+    def drain_done(self, leave: int, patience: float) -> float:
+        """Complete, in order, what is done already; wait for it only while more than ``leave`` are in flight.
+
+        Args:
+            leave: launches that may stay in flight.
+            patience: seconds to wait at most. A rank that waits longer may itself be waited for.
+
+        Returns:
+            The seconds that were spent.
+        """
+        begin = time.monotonic()
+        while self._pending:
+            if not self._pending[0].work.done():
+                if len(self._pending) <= leave or time.monotonic() - begin >= patience:
+                    break
+                time.sleep(_POLL)
+                continue
+            item = self._pending.pop(0)
+            item.work.wait()
+            item.complete()
+        return time.monotonic() - begin
 
     @property
     def in_flight(self) -> bool:

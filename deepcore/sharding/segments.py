@@ -34,11 +34,13 @@ class SegmentTable:
     Attributes:
         segments: what the rows were made from, sorted by tensor.
         rows: int64 (S, 5) on ``device``.
+        hyper_of: the hyperparameter row of each segment, as ``rows`` has it, for the host.
         chunk_offsets: int64 CPU (T + 1,): chunks before each tensor, and their total.
     """
 
     def __init__(self, segments: Sequence[Segment], num_tensors: int, device: torch.device) -> None:
         self.segments = tuple(segments)
+        self.hyper_of = [segment.hyper for segment in segments]
         rows, offsets, chunks, tensor = [], [0] * (num_tensors + 1), 0, 0
         for segment in self.segments:
             assert tensor <= segment.tensor < num_tensors, "segments are sorted by tensor"
@@ -61,6 +63,7 @@ class SegmentTable:
 
     def set_hyper(self, hyper: Sequence[int]) -> None:
         """Point every segment at a hyperparameter row; ``hyper`` has one index per segment."""
+        self.hyper_of = list(hyper)
         self.rows[:, HYPER] = torch.tensor(hyper, dtype=torch.int64).to(self.rows.device)
 
 

@@ -78,7 +78,7 @@ class ShardedGroup(FlatGroup):
 
     def _require_untouched(self) -> None:
         for name, param, version in zip(self.names, self.params, self._versions, strict=True):
-            if param._version != version or param.numel() and param.data.untyped_storage().nbytes():
+            if param._version != version or (param.numel() and param.data.untyped_storage().nbytes()):
                 raise UsageError(
                     f"parameter '{name}' was written while it was sharded",
                     got=f"a tensor of shape {tuple(param.shape)} in its place, which the next gather would overwrite",

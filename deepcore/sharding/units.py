@@ -39,6 +39,7 @@ def plan_groups(
     axis: str,
     dtype_of: Mapping[torch.nn.Parameter, torch.dtype] | None = None,
     max_numel: int | None = None,
+    first_unit: int = 0,
 ) -> list[GroupPlan]:
     """Pack parameters, in registration order, into groups of at most ``max_numel`` elements each.
 
@@ -49,6 +50,7 @@ def plan_groups(
         named: (name, parameter) pairs, each parameter once.
         axis: name of the mesh axis over which the groups are reduced.
         dtype_of: dtype that each parameter will be cast to; None keeps theirs.
+        first_unit: number of the first group.
         max_numel: elements per group; None means ``DEFAULT_GROUP_NBYTES`` of the parameter's dtype.
     """
     plans: list[GroupPlan] = []
@@ -59,7 +61,7 @@ def plan_groups(
         bound = max_numel or DEFAULT_GROUP_NBYTES // param.element_size()
         plan = current.get(kind)
         if plan is None or (plan.numel and plan.numel + param.numel() > bound):
-            plan = GroupPlan(GroupKey(len(plans), dtype, param.requires_grad, axis, param.device))
+            plan = GroupPlan(GroupKey(first_unit + len(plans), dtype, param.requires_grad, axis, param.device))
             plans.append(plan)
             current[kind] = plan
         plan.params.append((name, param))

@@ -5,10 +5,12 @@ Knows nothing of what is done with a complete group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from deepcore.errors import UsageError
@@ -31,11 +33,10 @@ class GradientHooks:
         groups: Sequence[FlatGroup],
         on_ready: Callable[[int], None],
         eager: bool,
-        on_complete: Callable[[int], None] = lambda number: None,
     ) -> None:
         self._groups = groups
         self._on_ready = on_ready
-        self._on_complete = on_complete
+        self.on_complete: Callable[[int], None] = lambda number: None  # told of every group whose gradients are there
         self._eager = eager
         self._watching = True
         self._waits_for_close = [False] * len(groups)
@@ -96,7 +97,7 @@ class GradientHooks:
             if len(arrived) == total:
                 if self._hurry and number == self._order[self._next]:
                     self._announce_complete()
-                self._on_complete(number)
+                self.on_complete(number)
 
         return hook
 
@@ -116,6 +117,74 @@ class GradientHooks:
                 expected="the same pattern of shared weights under reentrant checkpointing in every backward",
                 do='set "zero_optimization": {"overlap_comm": false}, or checkpoint with use_reentrant=False',
             )
+
+
+def watch_modules(modules: Iterable[torch.nn.Module], watcher: ModuleWatcher) -> list[RemovableHandle]:
+    """Tell ``watcher`` of calls of the modules, of their backward, and of the gradients of their inputs."""
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(_entering(watcher), with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(_leaving(watcher), with_kwargs=True, always_call=True))
+    return handles
+
+
+class ModuleWatcher(Protocol):
+    """What ``watch_modules`` reports to; see ``UnitTraffic``."""
+
+    def enter(self, module: torch.nn.Module) -> None: ...
+
+    def leave(self, module: torch.nn.Module) -> None: ...
+
+    def units_of(self, module: torch.nn.Module) -> Sequence[Any]: ...
+
+    def before_backward(self, unit: Any) -> None: ...
+
+    def await_inputs(self, unit: Any) -> None: ...
+
+    def inputs_done(self, unit: Any) -> None: ...
+
+
+def _entering(watcher: ModuleWatcher) -> Callable[[torch.nn.Module, Any, Any], None]:
+    def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        watcher.enter(module)
+        if not torch.is_grad_enabled():
+            return
+        inputs = _with_grad((args, kwargs))
+        for unit in watcher.units_of(module) if inputs else ():
+            watcher.await_inputs(unit)
+            register_multi_grad_hook(inputs, lambda _grads, unit=unit: watcher.inputs_done(unit))  # type: ignore[misc]
+
+    return hook
+
+
+def _leaving(watcher: ModuleWatcher) -> Callable[[torch.nn.Module, Any, Any, Any], None]:
+    def hook(module: torch.nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        try:
+            if torch.is_grad_enabled() and output is not None:
+                _watch_outputs(module, output, watcher)
+        finally:
+            watcher.leave(module)
+
+    return hook
+
+
+def _watch_outputs(module: torch.nn.Module, output: Any, watcher: ModuleWatcher) -> None:
+    units = watcher.units_of(module)
+    outputs = _with_grad(output) if units else []
+    for unit in units:
+        if not outputs and unit.is_trainable:
+            raise UsageError(
+                f"no output with a gradient is visible in what {type(module).__name__} returned",
+                got=f"{type(output).__name__}; the unit of '{unit.first_name}' has trainable weights",
+                expected="tensors in tuples, lists, dicts, dataclasses known to torch.utils._pytree, or alone",
+                do="return one of those, or register the type with torch.utils._pytree.register_pytree_node",
+            )
+        for tensor in outputs:
+            tensor.register_hook(lambda _grad, unit=unit: watcher.before_backward(unit))  # type: ignore[misc]
+
+
+def _with_grad(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
 
 def keep_in_fp32(modules: Sequence[torch.nn.Module], low: torch.dtype) -> list[RemovableHandle]:

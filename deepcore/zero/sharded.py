@@ -80,8 +80,12 @@ class ShardedGradients(ZeroStrategy):
         for gradients in self._held:
             gradients.fold()
 
-    def _group_ready(self, number: int) -> None:
+    def _make_room(self) -> None:
+        """Bound the buffers in flight before another group is packed."""
         self._reducer.drain(leave=MAX_IN_FLIGHT - 1)
+
+    def _group_ready(self, number: int) -> None:
+        self._make_room()
         group = self.groups[number]
         dtype = group.dtypes.reduce or (group.dtypes.accumulate if self._held else group.key.dtype)
         buffers = self._reducer.buffers
@@ -101,6 +105,9 @@ class ShardedGradients(ZeroStrategy):
 
     def measure(self) -> GradientStatistics:
         return measure_shards(self.arena, self._window, self._axis)
+
+    def agree(self, vector: torch.Tensor) -> None:
+        self._axis.all_reduce(vector, op="sum").wait()
 
     def publish(self) -> None:
         gather_weights(self.groups, self._axis)

@@ -117,6 +117,9 @@ class Stage0(ZeroStrategy):
     def measure(self) -> GradientStatistics:
         return interpret(read_gradients(self.arena), self.arena)
 
+    def agree(self, vector: torch.Tensor) -> None:
+        """Nothing to add: this rank updates every element."""
+
     def publish(self) -> None:
         """Nothing to bring up to date: the update wrote every weight on every rank."""
 

@@ -6,6 +6,9 @@ Knows nothing of any particular stage.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.statistics import GradientStatistics
@@ -57,8 +60,16 @@ class ZeroStrategy(ABC):
         """Read the reduced gradients once and agree on them with the ranks that hold other shards. Collective."""
 
     @abstractmethod
+    def agree(self, vector: torch.Tensor) -> None:
+        """Sum ``vector``, in place, over the ranks that update other elements of the parameters. Collective."""
+
+    @abstractmethod
     def publish(self) -> None:
         """The masters of this rank's shards changed: bring the module's weights up to date."""
+
+    def materialize(self) -> AbstractContextManager[None]:
+        """All full weights in the module inside, on every rank. Collective where weights are sharded."""
+        return nullcontext()
 
     @abstractmethod
     def clear(self) -> None:

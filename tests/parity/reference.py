@@ -29,6 +29,7 @@ class Case:
     eps: float = 1e-8
     weight_decay: float = 0.1
     stage: int = 0
+    persistent: int = 0  # at stage 3, elements of a parameter that is never sharded
     fp16: bool = False
     autocast: bool = False
 
@@ -54,7 +55,11 @@ class Case:
             "bf16": {"enabled": self.bf16},
             "fp16": {"enabled": self.fp16, "initial_scale_power": 7},
             "torch_autocast": {"enabled": self.autocast, "dtype": "bfloat16"},
-            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 300},
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": 300,
+                "stage3_param_persistence_threshold": self.persistent,
+            },
             "optimizer": {"type": self.optimizer, "params": params},
         }
 

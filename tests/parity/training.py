@@ -28,7 +28,7 @@ def train(case: Case, client: str | None = None, rank_seeds: bool = True) -> dic
             engine.step()
         norms.append(engine.get_global_grad_norm())
         applied.append(engine.was_step_applied())
-    weights: Weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    weights: Weights = engine.module_state_dict()
     assert engine.global_steps == case.steps
     engine.destroy()
     return {"weights": weights, "norms": norms, "applied": applied}

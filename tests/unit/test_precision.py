@@ -67,7 +67,7 @@ def start(model: torch.nn.Module, **config: Any) -> Any:
 INPUTS = torch.linspace(-1, 1, 16).view(4, 4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_fp16_loss_is_scaled_and_its_gradient_unscaled(stage: int) -> None:
     """At stage 0 too: a scale that only the update knows about makes every step 65536 times too small."""
     model, reference = mlp(), mlp()
@@ -87,7 +87,7 @@ def test_an_fp16_loss_is_scaled_and_its_gradient_unscaled(stage: int) -> None:
     assert engine.was_step_applied()
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_overflow_skips_and_lowers_the_scale_until_steps_are_taken(stage: int) -> None:
     model = mlp()
     engine = start(
@@ -136,7 +136,7 @@ def test_fp16_auto_cast_casts_inputs() -> None:
     assert engine(INPUTS).dtype == torch.float16
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_autocast_keeps_fp32_weights_and_equals_plain_autocast(stage: int) -> None:
     model, reference = mlp(), mlp()
     engine = start(model, torch_autocast={"enabled": True, "dtype": "bfloat16"}, zero_optimization={"stage": stage})
@@ -188,7 +188,7 @@ def test_amp_o2_keeps_batch_norms_in_fp32() -> None:
     assert engine.loss_scale() == 8
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("pattern", ["LayerNorm", "1", "*Norm"])
 def test_modules_named_in_the_config_stay_in_fp32(pattern: str, stage: int) -> None:
     model, reference = mlp(), mlp()

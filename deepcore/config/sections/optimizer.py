@@ -15,7 +15,7 @@ from deepcore.config.sections.base import Section
 class OptimizerSection(Section):
     """``optimizer``: built by the engine when the client passes none."""
 
-    type: str = Field(description="Adam, AdamW or the name of a class in torch.optim.")
+    type: str = Field(description="Adam, AdamW, Lamb, Lion, Adagrad, SGD, Muon, or the name of a class in torch.optim.")
     params: dict[str, Any] = Field(default_factory=dict, description="The optimizer's keyword arguments.")
 
     @property

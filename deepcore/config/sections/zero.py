@@ -68,12 +68,19 @@ class ZeroOptimization(Section):
     load_from_fp32_weights: bool = Field(default=True, description="Restore masters from fp32 weights of a checkpoint.")
     ignore_unused_parameters: bool = Field(default=True, description="Parameters without a gradient are not an error.")
     sub_group_size: Positive = Field(default=1_000_000_000, description="Elements of one optimizer tile at stage 3.")
-    stage3_prefetch_bucket_size: Count = Field(default=50_000_000, description="Elements gathered ahead of use.")
+    stage3_prefetch_bucket_size: Count | None = Field(
+        default=None, description="Elements gathered ahead of use; unset: one unit."
+    )
+    stage3_uniform_control_flow: bool = Field(
+        default=False, description="Promise that all ranks call the same modules in one order: saves a vote a pass."
+    )
     stage3_param_persistence_threshold: Count = Field(default=100_000, description="Smaller parameters stay gathered.")
     stage3_model_persistence_threshold: Count = Field(default=sys.maxsize, description="At most so many stay gathered.")
-    stage3_max_live_parameters: Count = Field(default=1_000_000_000, description="Elements gathered at a time.")
-    stage3_max_reuse_distance: Count = Field(
-        default=1_000_000_000, description="Elements until a reuse that keeps a unit."
+    stage3_max_live_parameters: Count | None = Field(
+        default=None, description="Elements that may stay gathered between forward and backward; unset: one unit."
+    )
+    stage3_max_reuse_distance: Count | None = Field(
+        default=None, description="Elements until a reuse that keeps a unit."
     )
     stage3_gather_16bit_weights_on_model_save: bool = Field(
         default=False, description="Gather whole 16-bit weights on the first rank for save_16bit_model."

@@ -19,8 +19,8 @@ def loss_scale_update_(
     """Advance the state by one step.
 
     A skipped step uses up one unit of hysteresis; when one is left it halves the scale, not below the minimum. A
-    step that was taken counts; every ``window``-th in a row doubles the scale, while that is finite. Hysteresis is refilled when the
-    scale grows, or after every step taken if ``consecutive``.
+    step that was taken counts; every ``window``-th in a row doubles the scale, while that is finite. Hysteresis is
+    refilled when the scale grows, or after every step taken if ``consecutive``.
 
     Args:
         state: fp32 (3,): scale, steps taken since the last skip, hysteresis left.

@@ -1,0 +1,105 @@
+"""Owns the choice of groups: which parameters a stage packs together, shards, or leaves alone.
+
+Knows nothing of what the groups are used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+
+from deepcore.comm.mesh import Axis
+from deepcore.config import Settings
+from deepcore.precision.policy import PrecisionPolicy
+from deepcore.sharding.group import SUPPORTED_DTYPES, FlatGroup, GroupDtypes
+from deepcore.sharding.layout import is_dense
+from deepcore.sharding.module_units import NamedParam, UnitPlan, plan_units, split_persistent
+from deepcore.sharding.sharded_group import ShardedGroup
+from deepcore.sharding.units import GroupPlan, plan_groups
+from deepcore.zero.unit import Unit
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The groups of one engine.
+
+    Attributes:
+        trainable: groups that the optimizer updates, those of units included.
+        frozen: sharded groups that nothing updates.
+        plans, units: the units of stage 3, empty elsewhere.
+    """
+
+    trainable: list[FlatGroup]
+    frozen: list[FlatGroup] = field(default_factory=list)
+    plans: list[UnitPlan] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+
+    @property
+    def everything(self) -> list[FlatGroup]:
+        return [*self.trainable, *self.frozen]
+
+
+class Grouper:
+    """Makes groups of a model's parameters under one policy, holding the model's values."""
+
+    def __init__(self, model: torch.nn.Module, policy: PrecisionPolicy, axis: Axis, settings: Settings) -> None:
+        self._model, self._policy, self._axis = model, policy, axis
+        self._zero = settings.zero_optimization
+        self._dtypes = policy.param_dtypes(model)
+
+    def group(self, chosen: Collection[torch.nn.Parameter]) -> Grouping:
+        """The groups for the parameters ``chosen`` by the optimizer, and at stage 3 for frozen ones too."""
+        trainable = [(n, p) for n, p in self._model.named_parameters() if p in chosen and p.requires_grad]
+        if self._zero.stage == 3:
+            return self._by_unit({param for _, param in trainable})
+        plans = self._plan(trainable, self._zero.reduce_bucket_size)
+        return Grouping([self._replicated(plan) for plan in plans])
+
+    def _by_unit(self, trainable: Collection[torch.nn.Parameter]) -> Grouping:
+        named = [(name, param) for name, param in self._model.named_parameters() if self._shards(param, trainable)]
+        zero = self._zero
+        persistent, sharded = split_persistent(
+            named, zero.stage3_param_persistence_threshold, zero.stage3_model_persistence_threshold
+        )
+        kept = [(name, param) for name, param in persistent if param in trainable]
+        groups = [self._replicated(plan) for plan in self._plan(kept, None)]
+        plans = plan_units(self._model, sharded, zero.reduce_bucket_size)
+        units = []
+        for index, unit_plan in enumerate(plans):
+            parts = self._plan(unit_plan.params, 2**62, first_unit=index)
+            units.append(Unit(index, [self._sharded(plan) for plan in parts], unit_plan.members))
+        frozen: list[FlatGroup] = []
+        for unit in units:
+            for group in unit.groups:
+                if group.params[0] in trainable:
+                    unit.numbers.append(len(groups))
+                    groups.append(group)
+                else:
+                    frozen.append(group)
+        return Grouping(groups, frozen, plans, units)
+
+    def _shards(self, param: torch.nn.Parameter, trainable: Collection[torch.nn.Parameter]) -> bool:
+        """Trainable parameters must be shardable; frozen ones are left alone where they are not."""
+        if param in trainable:
+            return True
+        plain = type(param.data) is torch.Tensor and param.layout is torch.strided and param.dtype in SUPPORTED_DTYPES
+        return plain and not param.requires_grad and is_dense(param.shape, param.stride())
+
+    def _plan(self, named: list[NamedParam], bound: int | None, first_unit: int = 0) -> list[GroupPlan]:
+        return plan_groups(named, axis=self._axis.name, dtype_of=self._dtypes, max_numel=bound, first_unit=first_unit)
+
+    def _replicated(self, plan: GroupPlan) -> FlatGroup:
+        group = FlatGroup(plan, self._axis.size, self._dtypes_of(plan))
+        group.adopt()
+        return group
+
+    def _sharded(self, plan: GroupPlan) -> ShardedGroup:
+        group = ShardedGroup(plan, self._axis.size, self._dtypes_of(plan))
+        group.adopt()
+        return group
+
+    def _dtypes_of(self, plan: GroupPlan) -> GroupDtypes:
+        param, policy = plan.key.dtype, self._policy
+        return GroupDtypes(policy.master_of(param), policy.accumulate_of(param), policy.reduce)

@@ -1,0 +1,104 @@
+"""Owns stage 3: weights, gradients and optimizer state in shards.
+
+Knows nothing of the order of gathers (``cycle``) or of when a module needs its weights (``traffic``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+from torch.utils.hooks import RemovableHandle
+
+from deepcore.comm.mesh import Axis
+from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.sharded_group import ShardedGroup
+from deepcore.zero.hooks import watch_modules
+from deepcore.zero.sharded import MAX_IN_FLIGHT, ShardedGradients
+from deepcore.zero.shards import gather_weights
+from deepcore.zero.traffic import UnitTraffic
+
+PATIENCE = 0.2  # seconds per backward that a rank may wait for reductions while others may wait for its gathers
+
+
+class Stage3(ShardedGradients):
+    """Each unit's weights are gathered for its forward and its backward, and freed after.
+
+    Groups of small parameters stay whole, as at stage 2: their weights are gathered after the update.
+    """
+
+    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool, traffic: UnitTraffic) -> None:
+        super().__init__(groups, axis, overlap=overlap)
+        self.traffic = traffic
+        self._replicated = [group for group in self.groups if not isinstance(group, ShardedGroup)]
+        self._unit_of = {number: unit for unit in traffic.units for number in unit.numbers}
+        self._patience = 0.0
+        self._ordered = False
+        self._handles: list[RemovableHandle] = []
+        traffic.is_complete = lambda unit: all(self._hooks.is_complete(number) for number in unit.numbers)
+        self._hooks.on_complete = self._group_complete
+
+    def reduces(self, boundary: bool) -> bool:
+        return True
+
+    def attach(self) -> None:
+        super().attach()
+        self._handles = watch_modules(self.traffic.watched, self.traffic)
+        self.traffic.invalidate()
+
+    def detach(self) -> None:
+        super().detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.traffic.units:
+            self.traffic.restore()
+
+    def begin_backward(self, *, boundary: bool, hold: bool) -> None:
+        super().begin_backward(boundary=boundary, hold=hold)
+        self._patience = PATIENCE
+        self.traffic.begin_backward(holding=not self._window.reducing)
+
+    def finish_backward(self) -> None:
+        if self._window.reducing:
+            self._hooks.close()
+            # Gathers first: another rank may still need this one's shards before it can reduce.
+            self.traffic.end_backward()
+            self._complete()
+        else:
+            self._hold()
+            self.traffic.end_backward()
+        if not self._ordered:
+            self._hooks.set_order(self._reduce_order())
+            self._ordered = True
+
+    def _reduce_order(self) -> list[int]:
+        """Groups in the order in which backward completes them: at the last use of their unit."""
+        last = {index: place for place, index in enumerate(self.traffic.backward_order)}
+        sharded = sorted(self._unit_of, key=lambda number: last[self._unit_of[number].index])
+        return sharded + [number for number in range(len(self.groups)) if number not in self._unit_of]
+
+    def _make_room(self) -> None:
+        before = self._patience
+        spent = self._reducer.drain_done(leave=MAX_IN_FLIGHT - 1, patience=before)
+        self._patience = max(0.0, before - spent)
+
+    def _group_complete(self, number: int) -> None:
+        unit = self._unit_of.get(number)
+        if unit is not None:
+            self.traffic.free_if_complete(unit)
+
+    def abandon(self) -> bool:
+        untouched = not self._reducer.in_flight
+        self.traffic.reset()
+        if untouched:
+            self.traffic.end_backward()
+        self.clear()
+        return untouched
+
+    def publish(self) -> None:
+        gather_weights(self._replicated, self._axis)
+        self.traffic.invalidate()
+
+    def materialize(self) -> AbstractContextManager[None]:
+        return self.traffic.materialize()

@@ -1,0 +1,80 @@
+"""Owns one unit: the groups of a block, gathered and freed together, and what is known of its use in a pass.
+
+Knows nothing of order; ``cycle`` decides when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepcore.comm.mesh import Axis
+from deepcore.sharding.sharded_group import Residency, ShardedGroup
+
+
+class Unit:
+    """The sharded groups of some modules.
+
+    Attributes:
+        index: its number, in registration order.
+        groups: one per combination of dtype and trainability.
+        members: the modules whose parameters these are.
+        numbers: the places of the trainable groups in the strategy's list.
+        active: calls of its modules under way.
+        pending: calls whose inputs still wait for their gradients.
+        ran: whether it took part in a forward since the last backward ended.
+        resident: full between passes, on every rank alike.
+        stays: this pass leaves it resident.
+    """
+
+    def __init__(self, index: int, groups: Sequence[ShardedGroup], members: Sequence[torch.nn.Module]) -> None:
+        self.index = index
+        self.groups = list(groups)
+        self.members = frozenset(members)
+        self.numbers: list[int] = []
+        self.numel = sum(group.layout.numel for group in groups)
+        self.active = self.pending = 0
+        self.ran = self.resident = self.stays = False
+
+    @property
+    def is_trainable(self) -> bool:
+        return bool(self.numbers)
+
+    @property
+    def first_name(self) -> str:
+        return self.groups[0].names[0]
+
+    @property
+    def is_full(self) -> bool:
+        return self.groups[0].residency is Residency.FULL
+
+    @property
+    def is_gathering(self) -> bool:
+        return self.groups[0].residency is Residency.GATHERING
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.groups[0].residency is Residency.SHARDED
+
+    def launch(self, axis: Axis) -> None:
+        """Begin to gather all groups."""
+        for group in self.groups:
+            group.launch_unshard(axis)
+
+    def finish(self) -> None:
+        """Wait for the gather, if one is under way."""
+        if self.is_gathering:
+            for group in self.groups:
+                group.finish_unshard()
+
+    def reshard(self) -> None:
+        """Free the full weights, if they are there."""
+        if self.is_full:
+            for group in self.groups:
+                group.reshard()
+
+    def contribute(self, axis: Axis) -> None:
+        """Take part in a gather whose result this rank has already."""
+        for group in self.groups:
+            axis.all_gather_into(torch.empty_like(group.full), group.shard).wait()

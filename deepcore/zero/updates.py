@@ -1,0 +1,36 @@
+"""Owns the choice of the arena that an optimizer updates, by what it asks for and how the strategy shards.
+
+Knows nothing of any optimizer or stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from deepcore.comm.mesh import Axis
+from deepcore.optim.segment_optimizer import Agree, alone
+from deepcore.sharding.placement import UpdateRule
+from deepcore.sharding.update_arena import UpdateArena
+from deepcore.zero.replicated import ReplicatedArena
+from deepcore.zero.strategy import ZeroStrategy
+from deepcore.zero.whole import WholeArena
+
+
+def place_updates(
+    strategy: ZeroStrategy, axis: Axis, rules: Mapping[str, UpdateRule], *, replicate: bool
+) -> tuple[UpdateArena, Agree]:
+    """The arena to bind the optimizer to, and what completes sums over its parameters.
+
+    Args:
+        strategy: owner of the shards.
+        axis: over which they are cut.
+        rules: what the optimizer asks for, per parameter name.
+        replicate: every rank is to update everything.
+    """
+    base = strategy.arena
+    if replicate and not base.is_whole:
+        return ReplicatedArena(base, axis, rules), alone
+    one_kind = all(not rule.family for rule in rules.values())
+    if one_kind and (base.is_whole or not any(rule.whole for rule in rules.values())):
+        return base, strategy.agree
+    return WholeArena(base, axis, rules), strategy.agree

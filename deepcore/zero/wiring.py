@@ -1,0 +1,89 @@
+"""Owns the wiring of stage 3: which modules need which units, and what has to be watched.
+
+Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from deepcore.comm.mesh import Axis
+from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.module_units import UnitPlan
+from deepcore.zero.traffic import UnitTraffic
+from deepcore.zero.unit import Unit
+
+
+@dataclass(frozen=True)
+class TrafficSettings:
+    """What of the config stage 3's gathers follow.
+
+    Attributes:
+        prefetch_numel: elements gathered ahead; None is one unit.
+        uniform: all ranks are promised to call the same modules in the same order.
+        keep_numel: elements of trailing units that stay full between forward and backward; None is one unit.
+    """
+
+    prefetch_numel: int | None = None
+    uniform: bool = False
+    keep_numel: int | None = None
+
+
+def build_traffic(
+    root: nn.Module, plans: Sequence[UnitPlan], units: Sequence[Unit], axis: Axis, settings: TrafficSettings
+) -> UnitTraffic:
+    """The traffic over ``units``, and the modules it has to watch in ``root``."""
+    needs = needed_units(root, plans, units)
+    watched = [module for module in root.modules() if any(child in needs for child in module.modules())]
+    traffic = UnitTraffic(units, needs, watched, axis, prefetch_numel=settings.prefetch_numel, uniform=settings.uniform)
+    traffic.keep_for_backward = _trailing(units, settings.keep_numel)
+    return traffic
+
+
+def needed_units(root: nn.Module, plans: Sequence[UnitPlan], units: Sequence[Unit]) -> dict[nn.Module, list[Unit]]:
+    """Per member module the units of all parameters that it holds, tied ones of other units included."""
+    owner = {param: unit for plan, unit in zip(plans, units, strict=True) for _, param in plan.params}
+    needs: dict[nn.Module, list[Unit]] = {}
+    for plan, unit in zip(plans, units, strict=True):
+        for module in plan.members:
+            held = [owner[param] for param in module.parameters(recurse=plan.whole) if param in owner]
+            needs[module] = list(dict.fromkeys([unit, *held]))
+    for module in tied_modules(root, plans):
+        held = [owner[param] for param in module.parameters(recurse=False) if param in owner]
+        needs[module] = list(dict.fromkeys(held))
+    return needs
+
+
+def tied_modules(root: nn.Module, plans: Sequence[UnitPlan]) -> list[nn.Module]:
+    """Modules outside all units that hold a parameter of one: tied weights only, such as an output head."""
+    placed = {param for plan in plans for _, param in plan.params}
+    inside = {
+        child for plan in plans for module in plan.members for child in (module.modules() if plan.whole else [module])
+    }
+    return [
+        module
+        for module in root.modules()
+        if module not in inside and any(param in placed for param in module.parameters(recurse=False))
+    ]
+
+
+def _trailing(units: Sequence[Unit], keep_numel: int | None) -> int:
+    """How many units at the end stay full between forward and backward."""
+    if keep_numel is None:
+        return 1
+    kept, total = 0, 0
+    for unit in reversed(units):
+        total += unit.numel
+        if total > keep_numel:
+            break
+        kept += 1
+    return kept
+
+
+def keep_shard(group: FlatGroup, rank: int) -> None:
+    """Let a group that no arena holds keep this rank's shard of its weights."""
+    group.cast()
+    group.weights_of(*group.layout.shard_range(rank))
