@@ -12,14 +12,21 @@ import torch
 from torch.optim import Optimizer
 
 from deepcore.errors import ConfigError, UsageError
-from deepcore.sharding.arena import ShardArena
+from deepcore.optim.segment_optimizer import Agree, alone
+from deepcore.sharding.placement import UpdateRule
+from deepcore.sharding.update_arena import Form, UpdateArena
+
+COUPLED = ("LBFGS", "SAM", "Prodigy", "DAdapt")  # class names, or how they begin: their update couples parameters
 
 
 class ClientOptimizer(Optimizer):
     """A client's optimizer whose ``step`` is a full step of the engine.
 
-    ``param_groups``, ``state`` and ``defaults`` are the client's own objects, so that schedules built before
-    go on working. Where weights are 16-bit with fp32 masters, the groups hold the masters in their place.
+    It updates whole parameters. Where those are cut into shards, each is updated by one rank, which alone has its
+    state: exact where a parameter's update depends on that parameter alone. On the other ranks its gradient is None.
+
+    ``param_groups`` (each the same dict), ``state`` and ``defaults`` are the client's own, so that schedules built
+    before go on working. What this rank updates stands in the groups as its master, where that is not the parameter.
     """
 
     overflow = False  # whether the last step was skipped
@@ -29,20 +36,33 @@ class ClientOptimizer(Optimizer):
         self.client = client
         self._full_step: Callable[[], None] | None = None
 
-    def bind(self, arena: ShardArena, params: Mapping[str, torch.nn.Parameter], full_step: Callable[[], None]) -> None:
-        """Let the client update the arena's masters; see ``SegmentOptimizer.bind``."""
-        if not arena.is_whole:
-            raise _needs_whole(self.client)
+    def rules(self, params: Mapping[str, torch.nn.Parameter], forms: Mapping[str, Form]) -> dict[str, UpdateRule]:
+        """Every parameter whole; see ``SegmentOptimizer.rules``."""
+        return {name: UpdateRule(whole=True, cost=forms[name].numel) for name in params}
+
+    def bind(
+        self,
+        arena: UpdateArena,
+        params: Mapping[str, torch.nn.Parameter],
+        full_step: Callable[[], None],
+        agree: Agree = alone,
+    ) -> None:
+        """Let the client update the arena's masters; see ``SegmentOptimizer.bind``.
+
+        Raises:
+            ConfigError: the client's update couples parameters, and this rank does not update all of them.
+        """
+        if not arena.is_whole and is_coupled(self.client):
+            raise _needs_everything(self.client)
         self._arena, self._full_step = arena, full_step
         self._targets: list[torch.nn.Parameter] = []  # what the client updates, a parameter per segment
         swapped: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for batch in arena.batches:
             for segment in batch.table.segments:
                 param = params[segment.name]
-                master = batch.params[segment.tensor]
-                if master.dtype != param.dtype:
-                    view = master.as_strided(param.shape, param.stride(), segment.begin)
-                    swapped[param] = torch.nn.Parameter(view)
+                master = arena.forms[segment.name].view(batch.params[segment.tensor], segment)
+                if not _same_memory(master, param):
+                    swapped[param] = torch.nn.Parameter(master)
                     swapped[param].grad_dtype = None  # type: ignore[attr-defined]
                 self._targets.append(swapped.get(param, param))
         for group in self.client.param_groups:
@@ -50,27 +70,28 @@ class ClientOptimizer(Optimizer):
         for param, target in swapped.items():
             if param in self.client.state:
                 self.client.state[target] = self.client.state.pop(param)
+        self._masters = list(swapped.values())
 
     def update(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         """Scale the gradients by ``grad_scale`` in place and let the client step, unless ``skip``."""
-        if skip.item() != 0:
+        if skip.item() != 0:  # the same on every rank
             return
+        self._arena.collect()
         position = 0
         for batch in self._arena.batches:
             torch._foreach_mul_(batch.grads, grad_scale.squeeze(0))
             for segment, active in zip(batch.table.segments, batch.active.tolist(), strict=True):
-                target = self._targets[position]
-                grad = batch.grads[segment.tensor].as_strided(target.shape, target.stride(), segment.begin)
-                target.grad = grad if active else None
+                grad = self._arena.forms[segment.name].view(batch.grads[segment.tensor], segment)
+                self._targets[position].grad = grad if active else None
                 position += 1
         self.client.step()
         self._opt_called = True  # torch's schedulers ask whether a step came before theirs
-        self._write_copies()
-
-    def _write_copies(self) -> None:
+        for target in self._masters:
+            target.grad = None  # the arena's memory: the next window writes there
         for batch in self._arena.batches:
             for master, copy in zip(batch.params, batch.copies, strict=False):
                 copy.copy_(master)
+        self._arena.deliver()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One full step: reduce, clip, update and publish."""
@@ -129,10 +150,20 @@ class ClientOptimizer(Optimizer):
         return f"ClientOptimizer({self.client!r})"
 
 
-def _needs_whole(client: Optimizer) -> ConfigError:
+def is_coupled(client: Optimizer) -> bool:
+    """Whether an update is known, by its class's name or a base's, to depend on other parameters."""
+    names = [kind.__name__ for kind in type(client).__mro__]
+    return any(name == known or (known == "DAdapt" and name.startswith(known)) for name in names for known in COUPLED)
+
+
+def _same_memory(master: torch.Tensor, param: torch.Tensor) -> bool:
+    return master.dtype == param.dtype and master.data_ptr() == param.data_ptr() and param.numel() == master.numel()
+
+
+def _needs_everything(client: Optimizer) -> ConfigError:
     return ConfigError(
-        "this optimizer cannot update parts of parameters",
+        "the update of this optimizer couples parameters, and they are spread over the ranks",
         got=f"{type(client).__name__} at a ZeRO stage that shards optimizer state",
-        expected="deepcore.optim.FusedAdam, or Adam or AdamW named in the config",
-        do='use one of them, or set "zero_optimization": {"stage": 0}',
+        expected="an optimizer that updates each parameter by itself, or all state on every rank",
+        do='set "zero_optimization": {"replicate_optimizer": true}, or "stage": 0',
     )

@@ -14,13 +14,25 @@ import torch
 from torch.optim import Optimizer
 
 from deepcore.errors import ConfigError
+from deepcore.optim.adagrad import FusedAdagrad
 from deepcore.optim.adam import FusedAdam
 from deepcore.optim.client import ClientOptimizer
+from deepcore.optim.lamb import FusedLamb
+from deepcore.optim.lion import FusedLion
+from deepcore.optim.muon import Muon
 from deepcore.optim.segment_optimizer import SegmentOptimizer
+from deepcore.optim.sgd import FusedSGD
 
 ParamGroups = list[dict[str, Any]]
 EngineOptimizer = SegmentOptimizer | ClientOptimizer
 
+_FUSED: dict[str, type[SegmentOptimizer]] = {
+    "lamb": FusedLamb,
+    "lion": FusedLion,
+    "adagrad": FusedAdagrad,
+    "sgd": FusedSGD,
+    "muon": Muon,
+}
 _ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction")
 
 
@@ -70,7 +82,10 @@ def require_ours(module: torch.nn.Module, groups: Iterable[Mapping[str, Any]]) -
 
 
 def make_optimizer(
-    client: Optimizer | Callable[[Any], Optimizer] | None, section: Any, groups: ParamGroups
+    client: Optimizer | Callable[[Any], Optimizer] | None,
+    section: Any,
+    groups: ParamGroups,
+    names: Mapping[torch.Tensor, str],
 ) -> tuple[EngineOptimizer | None, Optimizer | None]:
     """The optimizer for the engine, and the base one that a callable lr_scheduler receives.
 
@@ -78,6 +93,7 @@ def make_optimizer(
         client: what the user passed as ``optimizer``; wins over the config.
         section: the config's optimizer section (``type``, ``params``), or None.
         groups: the parameters, for a callable or the config.
+        names: of the parameters in the module, for optimizers of the config that go by them.
     """
     if client is None and section is None:
         return None, None
@@ -89,7 +105,7 @@ def make_optimizer(
             do="unfreeze a part of the model, or initialize() without an optimizer to evaluate only",
         )
     if client is None:
-        base = _from_config(section.type, dict(section.params), groups)
+        base = _from_config(section.type, dict(section.params), groups, names)
     elif isinstance(client, Optimizer):
         base = client
     elif callable(client):
@@ -114,12 +130,21 @@ def make_optimizer(
     return ClientOptimizer(base), base
 
 
-def _from_config(name: str, params: dict[str, Any], groups: ParamGroups) -> Optimizer:
+def _from_config(
+    name: str, params: dict[str, Any], groups: ParamGroups, names: Mapping[torch.Tensor, str]
+) -> Optimizer:
     if name.lower() in ("adam", "adamw"):
         return _adam(name.lower() == "adamw", params, groups)
+    if name.lower() in _FUSED:
+        return _fused(_FUSED[name.lower()], params, groups, names)
     found = getattr(torch.optim, name, None)
     if not (inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer):
-        known = ["Adam", "AdamW", *sorted(n for n in dir(torch.optim) if n[0].isupper() and n != "Optimizer")]
+        known = [
+            "Adam",
+            "AdamW",
+            *(kind.capitalize() for kind in _FUSED),
+            *sorted(n for n in dir(torch.optim) if n[0].isupper() and n != "Optimizer"),
+        ]
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(
             "the config names an unknown optimizer",
@@ -129,6 +154,15 @@ def _from_config(name: str, params: dict[str, Any], groups: ParamGroups) -> Opti
         )
     _require_accepted(name, params, inspect.signature(found).parameters)
     return found(groups, **params)
+
+
+def _fused(
+    kind: type[SegmentOptimizer], params: dict[str, Any], groups: ParamGroups, names: Mapping[torch.Tensor, str]
+) -> Optimizer:
+    _require_accepted(kind.__name__, params, list(inspect.signature(kind).parameters)[1:])
+    if kind is Muon:
+        groups = [{**group, "params": [(names[param], param) for param in group["params"]]} for group in groups]
+    return kind(groups, **params)  # type: ignore[arg-type]
 
 
 def _adam(decoupled: bool, params: dict[str, Any], groups: ParamGroups) -> Optimizer:

@@ -24,11 +24,16 @@ CHOICES: dict[str, Any] = {
 ROWS = pairwise(CHOICES)
 
 
-def limit(case: Case, stage: int) -> float:
-    """Zero where sums have one order only; stage 2 adds ranks before micro-batches, the reference after."""
-    if case.world == 1 or (case.world == 2 and (stage < 2 or case.accumulation == 1)):
+def limit(case: Case, recipe: str) -> float:
+    """Zero where sums have one order only; stage 2 adds ranks before micro-batches, the reference after.
+
+    Newton-Schulz magnifies what is small in a matrix up to 3.4^5 times, and with it the last bits of a gradient.
+    """
+    if case.world == 1 or (case.world == 2 and (case.stage < 2 or case.accumulation == 1)):
         return 0.0
-    return 1e-3 if case.bf16 else 1e-6
+    if case.bf16:
+        return 1e-3
+    return 1e-4 if recipe.startswith("muon") else 1e-6
 
 
 def reference(case: Case, recipe: str) -> Weights:
@@ -44,7 +49,7 @@ def test_equals_itself_on_whole_tensors(row: dict[str, Any]) -> None:
     for result in results:
         assert all(result["applied"])
         difference, name = worst_difference(result["weights"], expected)
-        assert difference <= limit(case, case.stage), f"{name} differs by {difference}"
+        assert difference <= limit(case, row["recipe"]), f"{name} differs by {difference}"
         assert worst_difference(result["weights"], results[0]["weights"])[0] == 0.0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from deepcore.config import Settings, config_schema
+from deepcore.config.catalog import OPTIMIZERS
 from deepcore.config.rare import REFUSED
 from deepcore.config.walk import known_paths
 
@@ -64,7 +65,7 @@ def test_values_may_be_auto_or_null_as_parse_takes_them() -> None:
 
 def test_built_in_types_complete_their_parameters() -> None:
     schema = config_schema()
-    assert schema["$defs"]["OptimizerSection"]["properties"]["type"]["examples"] == ["Adam", "AdamW"]
+    assert schema["$defs"]["OptimizerSection"]["properties"]["type"]["examples"] == list(OPTIMIZERS)
     assert "weight_decay" in schema["$defs"]["OptimizerSection"]["properties"]["params"]["properties"]
     assert "warmup_num_steps" in schema["$defs"]["SchedulerSection"]["properties"]["params"]["properties"]
 

@@ -1,0 +1,225 @@
+"""Owns Muon (Jordan et al. 2024): orthogonalised momentum for matrices, AdamW for everything else.
+
+Knows nothing of shards: it asks for its matrices whole, and gets them so at every stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from deepcore.errors import ConfigError
+from deepcore.optim.orthogonal import METHODS, orthogonalize
+from deepcore.optim.ranges import out_of_range, require_at_least_zero, require_betas, require_fraction
+from deepcore.optim.segment_optimizer import SegmentOptimizer
+from deepcore.sharding.placement import UpdateRule
+from deepcore.sharding.segments import SegmentBatch
+from deepcore.sharding.update_arena import Form
+
+MATRICES, REST = "muon", "adam"  # the families
+NOT_FOR_MUON = ("embed", "lm_head")  # parts of names of matrices that are no linear maps between hidden layers
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_ADJUST = ("original", "match_rms_adamw")
+
+
+class Muon(SegmentOptimizer):
+    """Muon for the matrices of hidden layers, AdamW for all other parameters, in one optimizer.
+
+    For a matrix, in fp32 up to the orthogonalisation, with mu = momentum::
+
+        B = B + (1 - mu) * (g - B)
+        U = g + mu * (B - g)                     Nesterov; else U = B
+        O = orthogonalize(U)                     Newton-Schulz, see ``orthogonal.py``
+        p = p * (1 - lr * wd)
+        p = p - lr * adjust * O                  adjust = sqrt(max(1, rows / columns)) ("original"), or
+                                                 0.2 * sqrt(max(rows, columns)) ("match_rms_adamw", Liu et al. 2025)
+
+    as in ``torch.optim.Muon``, with the same results at the same settings. More dimensions than two are a matrix of
+    the first by all others. Everything else is updated as ``FusedAdam`` does, with decoupled decay.
+
+    A param_group is for Muon if its ``use_muon`` says so. A group without it is divided: a parameter with an attribute
+    ``use_muon`` is treated as that says; others go to Muon if they have two or more dimensions and their name, where
+    ``params`` gives names (pass ``model.named_parameters()``), contains neither "embed" nor "lm_head".
+
+    Args:
+        params: iterable of parameters, of (name, parameter) pairs, or of param_group dicts.
+        lr: learning rate of all groups that have none; unset: 0.02 for matrices, 3e-4 for the rest.
+        muon_lr: of matrices; wins over ``lr``.
+        adam_lr: of the rest; wins over ``lr``.
+        momentum: mu.
+        nesterov: look ahead.
+        betas, eps: of AdamW.
+        weight_decay: of both.
+        ns_method: "standard" or "gram": how Newton-Schulz iterates.
+        ns_steps: its iterations.
+        ns_dtype: "bf16", as published, or "fp32".
+        adjust_lr_fn: how the rate follows the shape.
+
+    Raises:
+        ConfigError: a setting is out of range, or a vector is to be updated by Muon.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | None = None,
+        *,
+        muon_lr: float | None = None,
+        adam_lr: float | None = None,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        ns_method: str = "standard",
+        ns_steps: int = 5,
+        ns_dtype: str = "bf16",
+        adjust_lr_fn: str = "original",
+    ) -> None:
+        self._matrices = {
+            "lr": _first(muon_lr, lr, 0.02),
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_method": ns_method,
+            "ns_steps": ns_steps,
+            "ns_dtype": ns_dtype,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        self._rest = {"lr": _first(adam_lr, lr, 3e-4), "betas": tuple(betas), "eps": eps}
+        super().__init__(params, {"weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, or the two that it is divided into."""
+        for group in divided(param_group):
+            for name, value in (self._matrices if group["use_muon"] else self._rest).items():
+                group.setdefault(name, value)
+            super().add_param_group(group)
+
+    def require_valid(self, group: Mapping[str, Any]) -> None:
+        require_at_least_zero(group, "lr", "weight_decay")
+        if not group["use_muon"]:
+            require_at_least_zero(group, "eps")
+            require_betas(group)
+            return
+        require_fraction(group, "momentum")
+        _require_choice(group, "ns_method", METHODS)
+        _require_choice(group, "ns_dtype", tuple(_DTYPES))
+        _require_choice(group, "adjust_lr_fn", _ADJUST)
+        if not (isinstance(group["ns_steps"], int) and 0 <= group["ns_steps"] < 100):
+            raise out_of_range("ns_steps", group["ns_steps"], "an integer from 0 to 99")
+        for param in group["params"]:
+            if param.ndim < 2:
+                raise ConfigError(
+                    "Muon updates matrices",
+                    got=f"a parameter of shape {tuple(param.shape)} in a param_group with use_muon",
+                    expected="two or more dimensions",
+                    do="move it to a param_group with use_muon=False",
+                )
+
+    def family(self, group: Mapping[str, Any]) -> str:
+        return MATRICES if group["use_muon"] else REST
+
+    def state_names(self, family: str) -> tuple[str, ...]:
+        return ("momentum_buffer",) if family == MATRICES else ("exp_avg", "exp_avg_sq")
+
+    def rule(self, group: Mapping[str, Any], form: Form) -> UpdateRule:
+        if not group["use_muon"]:
+            return UpdateRule(REST)
+        rows = form.shape[0]
+        columns = form.numel // max(rows, 1)
+        return UpdateRule(MATRICES, whole=True, cost=form.numel * min(rows, columns))  # multiplications, up to a factor
+
+    def hyper_row(self, group: Mapping[str, Any]) -> list[float]:
+        if group["use_muon"]:
+            return [0.0] * 8  # matrices are updated from the group itself
+        beta1, beta2 = group["betas"]
+        row = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"], True, True, 0.0]
+        return [float(value) for value in row]
+
+    def launch(self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
+        if batch.family == MATRICES:
+            self._launch_matrices(batch, grad_scale, skip)
+            return
+        torch.ops.deepcore.adam_(
+            batch.params,
+            batch.grads,
+            batch.states["exp_avg"],
+            batch.states["exp_avg_sq"],
+            batch.copies,
+            batch.table.rows,
+            batch.table.chunk_offsets,
+            hyper,
+            batch.steps,
+            batch.active,
+            grad_scale,
+            skip,
+        )
+
+    def _launch_matrices(self, batch: SegmentBatch, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
+        """Every tensor of the batch is one parameter in its own shape; nothing is read back from the device."""
+        due = (batch.active != 0) & (skip == 0)
+        batch.steps.add_(due)
+        for index, segment in enumerate(batch.table.segments):
+            if not segment.numel:
+                continue
+            group = self.param_groups[batch.table.hyper_of[index]]
+            stored, buffer = batch.params[index], batch.states["momentum_buffer"][index]
+            weight, momentum = _update(stored.float(), batch.grads[index].float() * grad_scale, buffer, group)
+            buffer.copy_(torch.where(due[index], momentum, buffer))
+            stored.copy_(torch.where(due[index], weight, stored))
+            if batch.copies:
+                batch.copies[index].copy_(stored)
+
+
+def _update(
+    p: torch.Tensor, g: torch.Tensor, buffer: torch.Tensor, group: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New weights and momentum of one matrix."""
+    mu, lr = group["momentum"], float(group["lr"])
+    momentum = buffer.lerp(g, 1 - mu)
+    direction = (g.lerp(momentum, mu) if group["nesterov"] else momentum).flatten(1)
+    ortho = orthogonalize(
+        direction, method=group["ns_method"], steps=group["ns_steps"], dtype=_DTYPES[group["ns_dtype"]]
+    )
+    rows, columns = direction.shape
+    adjust = math.sqrt(max(1, rows / columns))
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        adjust = 0.2 * math.sqrt(max(rows, columns))
+    weight = p * (1 - lr * group["weight_decay"])
+    return weight.add(ortho.reshape(p.shape), alpha=-lr * adjust), momentum
+
+
+def divided(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group if it says ``use_muon``; else its matrices, in the same dict, and the rest, in another."""
+    if "use_muon" in group:
+        return [group]
+    given = group["params"]
+    members = [given] if isinstance(given, torch.Tensor) else list(given)
+    matrices = [item for item in members if _is_matrix(item)]
+    if not matrices:
+        group.update({"params": members, "use_muon": False})
+        return [group]
+    rest = [item for item in members if not _is_matrix(item)]
+    other = {**group, "params": rest, "use_muon": False}
+    group.update({"params": matrices, "use_muon": True})
+    return [group, other] if rest else [group]
+
+
+def _is_matrix(item: Any) -> bool:
+    name, param = item if isinstance(item, tuple) else ("", item)
+    chosen = getattr(param, "use_muon", None)
+    if chosen is not None:
+        return bool(chosen)
+    return param.ndim >= 2 and not any(part in name for part in NOT_FOR_MUON)
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
+
+
+def _require_choice(group: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> None:
+    if group[name] not in choices:
+        raise out_of_range(name, group[name], " or ".join(repr(choice) for choice in choices))
