@@ -113,7 +113,7 @@ class Result:
         return {
             name: statistics.median(theirs / mine for theirs, mine in zip(samples, ours, strict=True))
             for name, samples in self.samples.items()
-            if ours and name not in (OURS, LIMIT)
+            if ours and name.split("/")[0] not in (OURS, LIMIT)
         }
 
     def fraction_of_limit(self, name: str) -> float | None:

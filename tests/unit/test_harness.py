@@ -43,6 +43,8 @@ def test_warmups_are_not_counted() -> None:
 
 
 def test_speedups_are_taken_round_by_round() -> None:
+    own = Result("s", "c", {OURS: [1.0], f"{OURS}/slow": [5.0], "torch": [2.0]})
+    assert own.speedups() == {"torch": 2.0}, "what is ours is no peer"
     drifting = Result("s", "c", {OURS: [1.0, 2.0, 10.0], "torch": [3.0, 1.0, 30.0]})
     assert drifting.speedups() == {"torch": 3.0}, "the quotient of the medians would be 1.5"
 
