@@ -166,9 +166,7 @@ class Mesh:
     _made: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
 
     @classmethod
-    def build(
-        cls, world: World, pp: int = 1, sp: int = 1, tp: int = 1, *, separate_reductions: bool = False
-    ) -> Mesh:
+    def build(cls, world: World, pp: int = 1, sp: int = 1, tp: int = 1, *, separate_reductions: bool = False) -> Mesh:
         """Cut ``world`` into axes; dp is what pp, sp and tp leave. Every rank calls this with the same arguments.
 
         With ``separate_reductions`` the zero axis has a group of its own for reductions.

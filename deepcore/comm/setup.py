@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,6 +23,7 @@ from deepcore.comm.launch import LaunchInfo
 from deepcore.errors import CommError
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+_SETTLE = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,12 @@ def _keep(world: World) -> World:
 def _leave_at_exit() -> None:
     # After an uncaught exception the other ranks are in some collective: leaving politely could wait for them.
     if getattr(sys, "last_value", None) is None:
+        several = _state.world is not None and _state.world.size > 1
         destroy()
+        if several:
+            # Gloo's threads may be about to drop the last reference to a tensor, for which they need the interpreter;
+            # once it shuts down that would abort the process.
+            time.sleep(_SETTLE)
 
 
 def _identity(rank: int, world_size: int, init_method: str | None, port: int) -> LaunchInfo:

@@ -63,7 +63,7 @@ class Engine(torch.nn.Module):
         self.config: dict[str, Any] = {}
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
-        self._printer = StepPrinter(settings.steps_per_print, world.rank, settings.wall_clock_breakdown)
+        self._printer = StepPrinter(settings.steps_per_print, world.rank, world.device, settings.wall_clock_breakdown)
         self._destroyed = False
         self._backward_since_step = False
         self._closed_window = False  # whether the last step() was at a boundary

@@ -1,30 +1,37 @@
 """Owns the lines that the engine prints every ``steps_per_print`` steps, on the first rank.
 
-Knows nothing of the devices: wall-clock phases are measured on the host only where the config asks.
+Knows nothing of how phases are timed; the timers follow the device without waiting for it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from deepcore.base.log import logger
+from deepcore.base.timers import Timers, breakdown, events_of
 from deepcore.engine.clock import Clock
 
 
 class StepPrinter:
-    """Remembers what a line needs between two prints."""
+    """Remembers what a line needs between two prints.
 
-    def __init__(self, every: int | None, rank: int, breakdown: bool) -> None:
+    Args:
+        every: steps between lines; None prints nothing.
+        rank: only rank 0 prints.
+        device: where the phases run.
+        timed: ``wall_clock_breakdown``: add the mean time of each phase.
+    """
+
+    def __init__(self, every: int | None, rank: int, device: torch.device, timed: bool) -> None:
         self._every = every if every and rank == 0 else None
-        self._breakdown = breakdown
+        self._timers = Timers(events_of(device), enabled=timed)
         self._since = time.perf_counter()
         self._samples = 0
         self._loss: torch.Tensor | None = None
-        self._seconds: dict[str, float] = {}
 
     def due(self, step: int) -> bool:
         """Whether step number ``step`` ends with a line."""
@@ -35,15 +42,9 @@ class StepPrinter:
         if self._every is not None:
             self._loss = loss.detach()
 
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        """Add the host seconds of a with-block to a phase, where ``wall_clock_breakdown`` is on."""
-        if not self._breakdown:
-            yield
-            return
-        start = time.perf_counter()
-        yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+    def measure(self, phase: str) -> AbstractContextManager[None]:
+        """Time a with-block as part of a phase."""
+        return self._timers.span(phase)
 
     def line(self, clock: Clock, lrs: Sequence[float], norm: float | None) -> None:
         """Print progress since the last line."""
@@ -56,7 +57,7 @@ class StepPrinter:
         if norm is not None:
             parts.append(f"grad norm {norm:.4f}")
         parts.append(f"{rate:.1f} samples/s")
-        parts.extend(f"{phase} {1000 * spent:.1f} ms" for phase, spent in self._seconds.items())
+        if spans := self._timers.take():
+            parts.append(breakdown(spans))
         logger().info(" | ".join(parts))
         self._since, self._samples = now, clock.global_samples
-        self._seconds.clear()

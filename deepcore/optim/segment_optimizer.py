@@ -6,6 +6,7 @@ arena it updates shards, and ``step`` is whatever full step the training core in
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -34,6 +35,10 @@ class SegmentOptimizer(Optimizer, ABC):
     Subclasses name their fp32 state in ``STATE`` and give ``hyper_row`` and ``launch``. One with several kinds of
     update tells them apart as families.
     """
+
+    # As torch has them, without the decorator that imports all of torch._dynamo (a second) at the first call.
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(Optimizer.zero_grad)
 
     STATE: tuple[str, ...] = ()
     overflow = False  # under an engine: whether the last step was skipped

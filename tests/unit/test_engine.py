@@ -381,3 +381,16 @@ def test_reentrant_checkpointing_with_a_shared_weight() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert_same(model, reference)
+
+
+def test_lines_are_printed_as_often_as_asked(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger(), "propagate", True)
+    engine = engine_for(mlp(), steps_per_print=2, wall_clock_breakdown=True)
+    with caplog.at_level(logging.INFO, logger="deepcore"):
+        for step in range(4):
+            engine.backward(loss_of(engine, step))
+            engine.step()
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+    assert [line.split(" | ")[0] for line in lines] == ["step 2", "step 4"]
+    for part in ("skipped 0", "loss ", "lr 1.000e-02", "grad norm ", "samples/s", "forward ", "backward ", "x 2"):
+        assert part in lines[1]
