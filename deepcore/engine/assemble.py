@@ -14,11 +14,13 @@ from deepcore.comm.mesh import Axis, Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings
 from deepcore.engine.clock import Clock
+from deepcore.engine.closure import ClosureEvaluator
 from deepcore.engine.core import StepSettings, TrainCore
 from deepcore.engine.engine import Engine
 from deepcore.engine.grouping import Grouper, Grouping
 from deepcore.engine.placement import cast_rest, share_weights
 from deepcore.engine.regime import policy_from, scaler_from
+from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
 from deepcore.precision.casts import ForwardCasts
 from deepcore.precision.scaler import LossScaler
@@ -67,6 +69,8 @@ def build_engine(
     replicate = settings.zero_optimization.replicate_optimizer
     arena, agree = place_updates(strategy, mesh.zero_axis, rules, replicate=replicate)
     optimizer.bind(arena, params, engine.full_step, agree)
+    if isinstance(optimizer, ClientOptimizer):
+        optimizer.evaluator = ClosureEvaluator(core, axis)
     strategy.attach()
     return engine, base
 

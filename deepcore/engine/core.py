@@ -16,7 +16,7 @@ import torch
 from deepcore.engine.clock import Clock
 from deepcore.engine.report import StepReport
 from deepcore.errors import UsageError
-from deepcore.optim.clip import judge
+from deepcore.optim.clip import GradientVerdict, judge
 from deepcore.optim.factory import EngineOptimizer
 from deepcore.precision.policy import LOW_PRECISION
 from deepcore.precision.scaler import LossScaler
@@ -106,20 +106,25 @@ class TrainCore:
         if not self._backwards:
             raise no_gradients()
         assert self.fresh_report is None, "the engine settles the last step before the next"
-        self.strategy.make_boundary()
+        verdict = self.judge_gradients()
         with torch.no_grad():
-            verdict = judge(
-                self.strategy.measure(),
-                max_norm=self.settings.max_norm,
-                unscale=self.scaler.inverse,
-                check=self.settings.check_finite,
-            )
             self.optimizer.update(verdict.grad_scale, verdict.skip)
             self.strategy.publish()
             self.last_report = self.fresh_report = StepReport(verdict, self.strategy.arena.names, self.scaler.state)
             self.scaler.update(verdict.skip)
         self.clear()
         self.clock.tick_step()
+
+    @torch.no_grad()
+    def judge_gradients(self) -> GradientVerdict:
+        """Reduce what is unreduced and decide on clipping and skipping. Collective."""
+        self.strategy.make_boundary()
+        return judge(
+            self.strategy.measure(),
+            max_norm=self.settings.max_norm,
+            unscale=self.scaler.inverse,
+            check=self.settings.check_finite,
+        )
 
     def settle(self) -> StepReport | None:
         """The report of a step not yet accounted for, once: the caller advances what depends on it."""

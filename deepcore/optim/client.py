@@ -6,17 +6,29 @@ Knows nothing of its formula: it hands it gradients, scaled and clipped, and tak
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from deepcore.errors import ConfigError, UsageError
+from deepcore.optim.clip import GradientVerdict
 from deepcore.optim.segment_optimizer import Agree, alone
 from deepcore.sharding.placement import UpdateRule
 from deepcore.sharding.update_arena import Form, UpdateArena
 
 COUPLED = ("LBFGS", "SAM", "Prodigy", "DAdapt")  # class names, or how they begin: their update couples parameters
+
+
+class Evaluator(Protocol):
+    """What runs a closure under the engine; see ``engine/closure.py``."""
+
+    @property
+    def has_gradients(self) -> bool: ...
+
+    def loss(self, closure: Callable[[], Any]) -> Any: ...
+
+    def again(self, closure: Callable[[], Any]) -> tuple[Any, GradientVerdict]: ...
 
 
 class ClientOptimizer(Optimizer):
@@ -35,6 +47,10 @@ class ClientOptimizer(Optimizer):
         # No super().__init__: it would make new param_groups, and those must stay the client's.
         self.client = client
         self._full_step: Callable[[], None] | None = None
+        self.evaluator: Evaluator | None = None
+        self._closure: Callable[[], Any] | None = None
+        self._known: tuple[Any, list[int]] | None = None  # a loss whose gradients are at hand; for which weights
+        self._result: Any = None
 
     def rules(self, params: Mapping[str, torch.nn.Parameter], forms: Mapping[str, Form]) -> dict[str, UpdateRule]:
         """Every parameter whole; see ``SegmentOptimizer.rules``."""
@@ -66,7 +82,8 @@ class ClientOptimizer(Optimizer):
                     swapped[param].grad_dtype = None  # type: ignore[attr-defined]
                 self._targets.append(swapped.get(param, param))
         for group in self.client.param_groups:
-            group["params"] = [swapped.get(param, param) for param in group["params"]]
+            # The same list: some optimizers keep it.
+            group["params"][:] = [swapped.get(param, param) for param in group["params"]]
         for param, target in swapped.items():
             if param in self.client.state:
                 self.client.state[target] = self.client.state.pop(param)
@@ -76,6 +93,19 @@ class ClientOptimizer(Optimizer):
         """Scale the gradients by ``grad_scale`` in place and let the client step, unless ``skip``."""
         if skip.item() != 0:  # the same on every rank
             return
+        self._show_gradients(grad_scale)
+        if self._closure is None:
+            self._result = self.client.step()
+        else:
+            if self._known is not None:
+                self._known = self._known[0], self._versions()
+            self._result = self.client.step(self._evaluate)
+        self._opt_called = True  # torch's schedulers ask whether a step came before theirs
+        for target in self._masters:
+            target.grad = None  # the arena's memory: the next window writes there
+        self._store()
+
+    def _show_gradients(self, grad_scale: torch.Tensor) -> None:
         self._arena.collect()
         position = 0
         for batch in self._arena.batches:
@@ -84,26 +114,73 @@ class ClientOptimizer(Optimizer):
                 grad = self._arena.forms[segment.name].view(batch.grads[segment.tensor], segment)
                 self._targets[position].grad = grad if active else None
                 position += 1
-        self.client.step()
-        self._opt_called = True  # torch's schedulers ask whether a step came before theirs
-        for target in self._masters:
-            target.grad = None  # the arena's memory: the next window writes there
+
+    def _store(self) -> None:
         for batch in self._arena.batches:
             for master, copy in zip(batch.params, batch.copies, strict=False):
                 copy.copy_(master)
         self._arena.deliver()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One full step: reduce, clip, update and publish."""
-        if closure is not None:
-            raise UsageError(
-                "an optimizer under the engine takes no closure",
-                got=f"{type(self.client).__name__}.step(closure)",
-                expected="step() after engine.backward(loss)",
-                do="use an optimizer that needs one gradient per step",
-            )
+        """One full step: reduce, clip, update and publish.
+
+        Args:
+            closure: runs the model and ``engine.backward``, and returns the loss; the client may call it as often as
+                it likes, and gets the mean loss of all ranks.
+
+        Returns:
+            What the client's step returns.
+
+        Raises:
+            UsageError: a closure where parameters are spread over the ranks.
+        """
         assert self._full_step is not None
-        self._full_step()
+        self._closure, self._known, self._result = closure, None, None
+        try:
+            if closure is not None:
+                self._begin(closure)
+            self._full_step()
+            return self._result
+        finally:
+            self._closure = self._known = self._result = None
+
+    def _begin(self, closure: Callable[[], Any]) -> None:
+        """Have gradients to start from: some clients expect those of the last backward, most ask for them first."""
+        if not self._arena.is_whole:
+            raise UsageError(
+                "a closure needs all parameters on every rank",
+                got=f"{type(self.client).__name__}.step(closure) at a ZeRO stage that shards optimizer state",
+                expected="step() after engine.backward(loss)",
+                do='set "zero_optimization": {"replicate_optimizer": true}, or call step() without a closure',
+            )
+        assert self.evaluator is not None
+        if not self.evaluator.has_gradients:
+            self._result = self.evaluator.loss(closure)
+            self._known = self._result, []
+
+    def _versions(self) -> list[int]:
+        return [target._version for target in self._targets]
+
+    def _evaluate(self) -> Any:
+        """The closure as the client sees it: loss and gradients at the weights as the client has them now."""
+        known, self._known = self._known, None
+        if known is not None and known[1] == self._versions():
+            return known[0]
+        assert self.evaluator is not None
+        assert self._closure is not None
+        with torch.no_grad():
+            self._store()
+        loss, verdict = self.evaluator.again(self._closure)
+        if verdict.skip.item() != 0:
+            raise UsageError(
+                "a gradient that holds inf or nan inside an optimizer's step",
+                got=f"{type(self.client).__name__} was half way through a step with a closure",
+                expected="finite gradients at every point that it tries",
+                do="lower the learning rate, and train in fp32 or bf16",
+            )
+        with torch.no_grad():
+            self._show_gradients(verdict.grad_scale)
+        return loss
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

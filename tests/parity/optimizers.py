@@ -77,8 +77,8 @@ def train_with(
             engine.backward(engine(*data(step, rank, micro)))
             engine.step()
         applied.append(engine.was_step_applied())
+    engine.destroy()  # which leaves whole weights behind at every stage
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    engine.destroy()
     return {"weights": weights, "applied": applied, "state": state_numel(optimizer)}
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from tests.parity.model import Awkward, batch, build
+from tests.parity.model import batch, build
 
 Weights = dict[str, torch.Tensor]
 
@@ -67,9 +68,14 @@ class Case:
 Update = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
-def train_reference(case: Case, make_optimizer: Update) -> Weights:
+def train_reference(
+    case: Case,
+    make_optimizer: Update,
+    make: Callable[[int], torch.nn.Module] = build,
+    data: Callable[[int, int, int], tuple[Any, ...]] = batch,
+) -> Weights:
     """Train ``case`` slice by slice; ``make_optimizer`` gets fp32 parameters that carry the gradients."""
-    model = build(seed=100)
+    model = make(100)
     trainable = [param for param in model.parameters() if param.requires_grad]
     masters = trainable
     if case.low is not None:
@@ -78,7 +84,7 @@ def train_reference(case: Case, make_optimizer: Update) -> Weights:
             param.data = param.data.to(case.low)
     optimizer = make_optimizer(masters)
     for step in range(case.steps):
-        sums = _summed_gradients(model, trainable, case, step)
+        sums = _summed_gradients(model, trainable, case, lambda rank, micro, step=step: data(step, rank, micro))
         _clip(sums, case.clip)
         for master, total in zip(masters, sums, strict=True):
             master.grad = total
@@ -90,7 +96,10 @@ def train_reference(case: Case, make_optimizer: Update) -> Weights:
 
 
 def _summed_gradients(
-    model: Awkward, trainable: list[torch.nn.Parameter], case: Case, step: int
+    model: torch.nn.Module,
+    trainable: list[torch.nn.Parameter],
+    case: Case,
+    data: Callable[[int, int], tuple[Any, ...]],
 ) -> list[torch.Tensor | None]:
     sums: list[torch.Tensor | None] = [None] * len(trainable)
     for rank in range(case.world):
@@ -99,7 +108,7 @@ def _summed_gradients(
             for param in trainable:
                 param.grad = None
             with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-                loss = model(*batch(step, rank, micro))
+                loss = model(*data(rank, micro))
             (loss * case.loss_scale / case.accumulation).backward()
             local = [_add(have, param.grad) for have, param in zip(local, trainable, strict=True)]
         sums = [_add(have, mine) for have, mine in zip(sums, local, strict=True)]

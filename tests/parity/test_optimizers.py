@@ -14,11 +14,12 @@ from tests.parity.reference import Case, Weights, train_reference, worst_differe
 
 CHOICES: dict[str, Any] = {
     "recipe": tuple(RECIPES),
-    "stage": (0, 1, 2),
+    "stage": (0, 1, 2, 3),
     "world": (1, 2, 3),
     "bf16": (False, True),
     "accumulation": (1, 3),
     "clip": (0.0, 0.3),
+    "persistent": (0, 200),
     "hostile": (False, True),
 }
 ROWS = pairwise(CHOICES)

@@ -169,8 +169,8 @@ def test_an_engine_is_not_copied() -> None:
         copy.deepcopy(start())
 
 
-def test_a_closure_is_refused_under_the_engine() -> None:
+def test_a_closure_that_computes_no_gradient_is_refused() -> None:
     model = linear()
     engine = start(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(UsageError, match="closure"):
+    with pytest.raises(UsageError, match="no backward since the last step"):
         engine.optimizer.step(lambda: None)
