@@ -62,7 +62,9 @@ def plan_units(root: nn.Module, params: Collection[NamedParam], bound: int | Non
         bound: elements per unit, for splitting and merging alike; None means ``SPLIT_NUMEL`` and ``MERGE_NUMEL``.
     """
     planner = _Planner({param: name for name, param in params}, bound or SPLIT_NUMEL, bound or MERGE_NUMEL)
-    return list(planner.visit(root, is_block=False))
+    plans = list(planner.visit(root, is_block=False))
+    planner.require_done()
+    return plans
 
 
 class _Planner:
@@ -84,8 +86,12 @@ class _Planner:
         yield from self._merged(found)
 
     def _take(self, module: nn.Module, recurse: bool) -> list[NamedParam]:
-        mine = [param for param in module.parameters(recurse=recurse) if param in self._left]
-        return [(self._left.pop(param), param) for param in mine]
+        holders = [module] if recurse else _read_by(module)
+        mine = [param for holder in holders for param in holder.parameters(recurse=recurse)]
+        return [(self._left.pop(param), param) for param in mine if param in self._left]
+
+    def require_done(self) -> None:
+        assert not self._left, f"parameters of no unit: {list(self._left.values())}"
 
     def _merged(self, units: list[UnitPlan]) -> Iterator[UnitPlan]:
         """Join neighbours while they are small; a unit of direct parameters lives as long as its module's call."""
@@ -100,3 +106,12 @@ class _Planner:
             current = unit
         if current:
             yield current
+
+
+def _read_by(module: nn.Module) -> list[nn.Module]:
+    """A module, and the containers below it that have no call of their own: it reads their parameters itself."""
+    found = [module]
+    for child in module.children():
+        if isinstance(child, _NOT_CALLED):
+            found += _read_by(child)
+    return found
