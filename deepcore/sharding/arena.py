@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
 from deepcore.sharding.update_arena import Form, UpdateArena
 
@@ -50,7 +51,7 @@ class ShardArena(UpdateArena):
             # A slice of the old buffer would keep all of it alive.
             self.masters.append(source.to(master_dtype, copy=not whole) if owned else weights)
             self.copies.append(weights if owned else None)
-            self.grads.append(torch.zeros_like(weights, dtype=group.dtypes.accumulate))
+            self.grads.append(lazy_zeros(weights.numel(), group.dtypes.accumulate, weights.device))
         self.names = [name for group in self.groups for name in group.names]
         self.forms = {
             slot.name: Form(slot.shape, tuple(stride))

@@ -11,6 +11,7 @@ import torch
 
 from deepcore.errors import LayoutError
 from deepcore.sharding.layout import ShardLayout, is_dense
+from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.units import GroupKey, GroupPlan
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +55,10 @@ class FlatGroup:
         self.strides = [param.stride() for param in self.params]
         self.layout = ShardLayout.pack(((name, tuple(param.shape)) for name, param in plan.params), num_shards)
         self.starts = torch.tensor([slot.start for slot in self.layout.slots], dtype=torch.int64)
-        self.full = torch.zeros(self.layout.numel, dtype=self.params[0].dtype, device=self.key.device)
+        self.full = self._allocate(self.params[0].dtype)
+
+    def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
+        return lazy_zeros(self.layout.numel, dtype, self.key.device)
 
     def adopt(self) -> None:
         """Move the parameters' values into ``full`` and make each parameter a view of it, strides kept."""

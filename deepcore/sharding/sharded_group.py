@@ -43,6 +43,9 @@ class ShardedGroup(FlatGroup):
         self._views: list[torch.Tensor] = []
         self._versions: list[int] = []
 
+    def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(self.layout.numel, dtype=dtype, device=self.key.device)  # a storage that can be resized
+
     def weights_of(self, begin: int, end: int) -> torch.Tensor:
         self.shard = self.full[begin:end].clone()
         self._views = self.views(self.full)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.segments import Segment, SegmentBatch
 
 
@@ -64,7 +65,10 @@ class UpdateArena:
         for batch in self.batches:
             if batch.family == family:
                 for name in names:
-                    batch.states[name] = [torch.zeros_like(param, dtype=torch.float32) for param in batch.params]
+                    batch.states[name] = [
+                        lazy_zeros(param.numel(), torch.float32, param.device).as_strided(param.shape, param.stride())
+                        for param in batch.params
+                    ]
 
     def assign_hyper(self, index_of: Mapping[str, int]) -> None:
         """Point every segment at the hyperparameter row of its parameter, given by parameter name."""

@@ -14,6 +14,7 @@ from deepcore.comm.mesh import Axis
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.gradients import GroupGradients
 from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.packer import pack_group
 from deepcore.sharding.reducer import GradReducer
 from deepcore.sharding.statistics import GradientStatistics
@@ -74,7 +75,7 @@ class ShardedGradients(ZeroStrategy):
     def _hold(self) -> None:
         if not self._held:
             self._held = [
-                GroupGradients(group, torch.zeros(group.layout.numel, dtype=flat.dtype, device=flat.device))
+                GroupGradients(group, lazy_zeros(group.layout.numel, flat.dtype, flat.device))
                 for group, flat in zip(self.groups, self.arena.grads, strict=True)
             ]
         for gradients in self._held:
