@@ -5,6 +5,7 @@ Knows nothing of its formula: it hands it gradients, scaled and clipped, and tak
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -87,6 +88,8 @@ class ClientOptimizer(Optimizer):
         for param, target in swapped.items():
             if param in self.client.state:
                 self.client.state[target] = self.client.state.pop(param)
+        for param in {*params.values()} - {*swapped, *self._targets}:
+            self.client.state.pop(param, None)  # its owner has it
         self._masters = list(swapped.values())
 
     def update(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
@@ -95,6 +98,7 @@ class ClientOptimizer(Optimizer):
             return
         self._show_gradients(grad_scale)
         if self._closure is None:
+            self._require_none_needed()
             self._result = self.client.step()
         else:
             if self._known is not None:
@@ -104,6 +108,16 @@ class ClientOptimizer(Optimizer):
         for target in self._masters:
             target.grad = None  # the arena's memory: the next window writes there
         self._store()
+
+    def _require_none_needed(self) -> None:
+        closure = inspect.signature(self.client.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise UsageError(
+                "this optimizer needs a closure",
+                got=f"engine.step() or optimizer.step() with {type(self.client).__name__}",
+                expected="optimizer.step(closure), the closure running engine.backward(loss) and returning the loss",
+                do="pass a closure to optimizer.step(), which is a full step of the engine",
+            )
 
     def _show_gradients(self, grad_scale: torch.Tensor) -> None:
         self._arena.collect()

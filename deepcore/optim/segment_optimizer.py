@@ -117,7 +117,7 @@ class SegmentOptimizer(Optimizer, ABC):
                 self._places.setdefault(params[segment.name], []).append((batch, index))
         self.assign_groups()
         self._fill_state()
-        earlier = {param: dict(self.state[param]) for param in params.values() if self.state.get(param)}
+        earlier = {param: dict(self.state.pop(param)) for param in params.values() if self.state.get(param)}
         self._expose_state()
         for param, state in earlier.items():
             self._restore(param, state)

@@ -60,11 +60,12 @@ def train_with(
     zero: dict[str, Any] | None = None,
     make: Callable[[int], torch.nn.Module] = build,
     data: Batch = batch,
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train ``case`` on this rank with an optimizer of the config, or with a client's."""
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     model = make(100)
-    config: dict[str, Any] = {**case.config(), **recipe.section()}
+    config: dict[str, Any] = {**case.config(), **recipe.section(), **(extra or {})}
     config["zero_optimization"] = {**config["zero_optimization"], **(zero or {})}  # type: ignore[dict-item]
     client = None
     if not recipe.config:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deepcore
+from deepcore.errors import UsageError
 from tests.dist.pool import RankFailedError, run_ranks
 from tests.parity.lumpy import build_few, build_many, lumpy_batch
 from tests.parity.model import batch, build
@@ -245,3 +246,86 @@ def keep_objects() -> None:
 
 def test_a_client_keeps_its_groups_and_its_schedules() -> None:
     run_ranks(2, keep_objects)
+
+
+def spoilt_batch(step: int, rank: int, micro: int) -> tuple[Any, ...]:
+    """As ``batch``, but in step 2 rank 1's loss is inf."""
+    x, skipped = lumpy_batch(step, rank, micro)
+    return (x * float("inf"), skipped) if (step, rank) == (2, 1) else (x, skipped)
+
+
+def without_step_2(step: int, rank: int, micro: int) -> tuple[Any, ...]:
+    return lumpy_batch(step if step < 2 else step + 1, rank, micro)
+
+
+def train_spoilt(case: Case, name: str) -> dict[str, Any]:
+    return train_with(case, RECIPES[name], None, build_many, spoilt_batch)
+
+
+@pytest.mark.parametrize("recipe", ["lamb", "muon", "lion", "sgd", "adagrad", "nadam"])
+def test_a_skipped_step_leaves_weights_and_state_as_they_are(recipe: str) -> None:
+    results = run_ranks(2, train_spoilt, Case(world=2, stage=2, steps=5), recipe, hostile=True)
+    expected = reference(Case(world=2, steps=4), RECIPES[recipe], build_many, without_step_2)
+    for result in results:
+        assert result["applied"] == [True, True, False, True, True]
+        difference, name = worst_difference(result["weights"], expected)
+        assert difference == 0.0, f"{name} differs by {difference}"
+
+
+def train_on(case: Case, name: str) -> dict[str, torch.Tensor]:
+    """One step of the optimizer alone, then the rest under the engine: the state goes on."""
+    rank = torch.distributed.get_rank()
+    model = build(100)
+    named = [(key, param) for key, param in model.named_parameters() if param.requires_grad]
+    optimizer = RECIPES[name].alone([key for key, _ in named], [param for _, param in named])
+    model(*batch(0, 0, 0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    config = case.config()
+    del config["optimizer"]
+    engine, *_ = deepcore.initialize(model=model, optimizer=optimizer, config=config)
+    for step in range(1, case.steps):
+        engine.backward(engine(*batch(step, rank, 0)))
+        engine.step()
+    engine.destroy()
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "muon", "nadam"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_state_from_before_the_engine_goes_on(recipe: str, stage: int) -> None:
+    results = run_ranks(2, train_on, Case(world=2, stage=stage, steps=4), recipe)
+    names = [name for name, param in build(100).named_parameters() if param.requires_grad]
+    # In the reference both ranks have the first step's slice, so that its mean is that of one.
+    data = lambda step, rank, micro: batch(step, rank if step else 0, micro)  # noqa: E731
+    case = Case(world=2, steps=4)
+    expected = train_reference(case, lambda params: RECIPES[recipe].alone(names, params), build, data)
+    difference, name = worst_difference(results[0], expected)
+    assert difference == 0.0, f"{name} differs by {difference}"
+
+
+def train_low(replicate: bool, recipe: str) -> Weights:
+    """Masters in fp32, gradients in bf16, one layer in fp32 throughout: every dtype travels by itself."""
+    case = Case(world=2, stage=2, bf16=True, accumulation=2, steps=4)
+    zero = {"replicate_optimizer": replicate}
+    extra = {"data_types": {"grad_accum_dtype": "bf16"}}
+    weights: Weights = train_with(case, RECIPES[recipe], zero, extra=extra)["weights"]
+    return weights
+
+
+@pytest.mark.parametrize("recipe", ["muon", "nadam"])
+def test_gradients_and_masters_of_different_dtypes(recipe: str) -> None:
+    whole = run_ranks(2, train_low, False, recipe, hostile=True)
+    replicated = run_ranks(2, train_low, True, recipe)
+    before = build(100).state_dict()
+    assert worst_difference(whole[0], replicated[1])[0] == 0.0
+    assert not torch.equal(whole[0]["body.weight"].float(), before["body.weight"].bfloat16().float())
+
+
+def test_an_optimizer_that_needs_a_closure_says_so_when_it_gets_none() -> None:
+    model = torch.nn.Linear(3, 1)
+    client = torch.optim.LBFGS(model.parameters())
+    engine, *_ = deepcore.initialize(model=model, optimizer=client, config={"train_micro_batch_size_per_gpu": 2})
+    engine.backward(engine(torch.ones(2, 3)).mean())
+    with pytest.raises(UsageError, match=r"(?s)LBFGS.*closure"):
+        engine.step()
