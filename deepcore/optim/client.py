@@ -88,8 +88,9 @@ class ClientOptimizer(Optimizer):
         for param, target in swapped.items():
             if param in self.client.state:
                 self.client.state[target] = self.client.state.pop(param)
-        for param in {*params.values()} - {*swapped, *self._targets}:
-            self.client.state.pop(param, None)  # its owner has it
+        self._left_alone = list({*params.values()} - {*swapped, *self._targets})  # other ranks', or without elements
+        for param in self._left_alone:
+            self.client.state.pop(param, None)
         self._masters = list(swapped.values())
 
     def update(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
@@ -121,6 +122,8 @@ class ClientOptimizer(Optimizer):
 
     def _show_gradients(self, grad_scale: torch.Tensor) -> None:
         self._arena.collect()
+        for param in self._left_alone:
+            param.grad = None
         position = 0
         for batch in self._arena.batches:
             torch._foreach_mul_(batch.grads, grad_scale.squeeze(0))

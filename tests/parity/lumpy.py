@@ -20,10 +20,10 @@ class Lumpy(nn.Module):
         self.nothing = nn.Parameter(torch.zeros(0))
 
     def forward(self, x: torch.Tensor, skipped: int) -> torch.Tensor:
-        y = torch.tanh(x @ self.large)
+        y = torch.tanh(x.to(self.large.dtype) @ self.large).float()
         for index, param in enumerate(self.tiny):
             if index != skipped:
-                y = y * (1 + 0.1 * param.mean())
+                y = y * (1 + 0.1 * param.float().mean())
         return y.square().mean() + self.empty.sum() + self.nothing.sum()
 
 

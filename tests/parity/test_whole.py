@@ -36,6 +36,14 @@ def test_large_tiny_and_empty_parameters(recipe: str, make: Make, stage: int) ->
         assert difference <= (1e-4 if recipe == "muon" else 1e-6), f"{name} differs by {difference}"
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_empty_parameters_of_a_low_precision_model_are_left_alone(stage: int) -> None:
+    case = Case(world=2, stage=stage, bf16=True, steps=3)
+    results = run_ranks(2, train_with, case, RECIPES["nadam"], None, build_few, lumpy_batch)
+    expected = reference(case, RECIPES["nadam"], build_few, lumpy_batch)
+    assert worst_difference(results[0]["weights"], expected)[0] == 0.0
+
+
 def test_state_lives_with_one_owner_each() -> None:
     whole = sum(param.numel() for param in build_many(0).parameters())
     for stage in (0, 1, 3):
