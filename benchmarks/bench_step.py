@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from benchmarks.ranks import run_ranks
 ROWS, CLIP, LR = 4, 1.0, 1e-4
 NUM_RANKS = {"cpu": 2, "cuda": 1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PEERS = ("none", "ddp")
+STAGES = (0, 1, 2, 3)
+PEERS = ("none", "ddp", "fsdp2", *(f"deepspeed/{stage}" for stage in STAGES))
 
 Job = tuple[Callable[[], object], Callable[[], object]]  # one step; the end
 
@@ -28,7 +31,9 @@ def bench(options: Options) -> Iterator[Result]:
     """fp32 and bf16; the times are those of the first rank, between two barriers or device synchronisations."""
     device, ranks = options.device, NUM_RANKS[options.device]
     for dtype in DTYPES:
-        names = [name for name in (OURS, *PEERS) if options.wants(name)]
+        names = [name for name in (*(f"{OURS}/{stage}" for stage in STAGES), *PEERS) if options.wants(name)]
+        if find_spec("deepspeed") is None:
+            names = [name for name in names if not name.startswith("deepspeed")]
         arguments = {"names": names, "dtype": dtype, "device": device, "quick": options.quick, "rounds": options.rounds}
         samples = run_ranks(ranks, "benchmarks.bench_step:compete", arguments, timeout=500)[0]
         params = {"dtype": dtype, "ranks": ranks, "rows per rank": ROWS, "threads": 1, "device": device}
@@ -72,23 +77,60 @@ def _sampler(step: Callable[[], object], settle: Callable[[], object]) -> Callab
     return sample
 
 
-def _ours(model: models.GPT, dtype: torch.dtype) -> Job:
-    import deepcore
-
-    config: dict[str, Any] = {
+def _config(stage: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
         "train_micro_batch_size_per_gpu": ROWS,
         "gradient_clipping": CLIP,
         "optimizer": {"type": "AdamW", "params": {"lr": LR}},
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": stage},
     }
+
+
+def _ours(model: models.GPT, dtype: torch.dtype, stage: int) -> Job:
+    import deepcore
+
+    config = _config(stage, dtype)
     ids, targets = _batch(model)
     engine, *_ = deepcore.initialize(model=model, config=config)
+    return _loop(engine, ids, targets), engine.destroy
 
+
+def _deepspeed(model: models.GPT, dtype: torch.dtype, stage: int) -> Job:
+    import deepspeed
+
+    ids, targets = _batch(model)
+    engine, *_ = deepspeed.initialize(model=model, config=_config(stage, dtype))
+    return _loop(engine, ids, targets), engine.destroy
+
+
+def _loop(engine: Any, ids: torch.Tensor, targets: torch.Tensor) -> Callable[[], object]:
     def step() -> None:
         engine.backward(engine(ids, targets))
         engine.step()
 
-    return step, engine.destroy
+    return step
+
+
+def _fsdp2(model: models.GPT, dtype: torch.dtype) -> Job:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    ids, targets = _batch(model)
+    low = dtype if dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low)
+    mesh = torch.distributed.init_device_mesh(ids.device.type, (torch.distributed.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+    def step() -> None:
+        model(ids, targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, lambda: None
 
 
 def _plain(model: models.GPT, dtype: torch.dtype, *, wrap: bool) -> Job:
@@ -113,7 +155,9 @@ def _batch(model: models.GPT) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 STEPS: dict[str, Callable[[models.GPT, torch.dtype], Job]] = {
-    OURS: _ours,
+    **{f"{OURS}/{stage}": partial(_ours, stage=stage) for stage in STAGES},
+    **{f"deepspeed/{stage}": partial(_deepspeed, stage=stage) for stage in STAGES},
+    "fsdp2": _fsdp2,
     "ddp": lambda model, dtype: _plain(model, dtype, wrap=True),
     "none": lambda model, dtype: _plain(model, dtype, wrap=False),
 }
