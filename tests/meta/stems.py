@@ -34,8 +34,18 @@ def stems(root: Path) -> list[str]:
 
 
 def missing_pieces(root: Path) -> Iterator[Violation]:
-    """What a stem lacks, one violation per piece; a stem without schema, and a schema whose reference is missing."""
-    registered = _registered(root / "deepcore/ops/schemas.py")
+    """What a stem lacks, one violation per piece; a stem without schema, and a schema whose reference is missing.
+
+    A stem in REFERENCE_ONLY has no kernels, all others have: the list is what the user is told.
+    """
+    schemas = root / "deepcore/ops/schemas.py"
+    registered, reference_only = _names(schemas, "SCHEMAS"), _names(schemas, "REFERENCE_ONLY")
+    for stem in sorted(registered - reference_only - set(stems(root))):
+        yield Violation(f"csrc/{stem}", 1, "stems", stem, f"op {stem!r} has no kernels and is not in REFERENCE_ONLY")
+    for stem in sorted(reference_only & set(stems(root))):
+        yield Violation(str(schemas), 1, "stems", stem, f"op {stem!r} is in REFERENCE_ONLY and has a folder in csrc/")
+    for stem in sorted(reference_only - registered):
+        yield Violation(str(schemas), 1, "stems", stem, f"op {stem!r} is in REFERENCE_ONLY and not in SCHEMAS")
     for stem in stems(root):
         for pattern, what in PIECES.items():
             if not any(root.glob(pattern.format(stem=stem))):
@@ -49,14 +59,14 @@ def missing_pieces(root: Path) -> Iterator[Violation]:
             yield Violation(path, 1, "stems", stem, f"op {stem!r} is in SCHEMAS without a reference")
 
 
-def _registered(schemas: Path) -> set[str]:
-    """The keys of the dict literal that schemas.py binds to SCHEMAS."""
+def _names(schemas: Path, table: str) -> set[str]:
+    """The strings in the dict (its keys) or set literal that schemas.py binds to ``table``."""
     for node in ast.parse(schemas.read_text(encoding="utf-8")).body:
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
-        if any(isinstance(t, ast.Name) and t.id == "SCHEMAS" for t in targets) and isinstance(node.value, ast.Dict):
-            return {
-                key.value for key in node.value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)
-            }
+        if any(isinstance(t, ast.Name) and t.id == table for t in targets) and node.value is not None:
+            literal = next(child for child in ast.walk(node.value) if isinstance(child, ast.Dict | ast.Set))
+            items = literal.keys if isinstance(literal, ast.Dict) else literal.elts
+            return {item.value for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str)}
     return set()

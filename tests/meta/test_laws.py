@@ -202,8 +202,28 @@ def test_a_whole_stem_passes_and_each_missing_piece_is_named(tmp_path: Path) -> 
 
 def test_a_schema_without_reference_is_named(tmp_path: Path) -> None:
     whole_stem(tmp_path, "lion")
-    (tmp_path / "deepcore/ops/schemas.py").write_text("SCHEMAS: dict[str, object] = {'lion': 1, 'sgd': 2}\n")
-    assert [v.symbol for v in missing_pieces(tmp_path)] == ["sgd"]
+    text = "SCHEMAS: dict[str, object] = {'lion': 1, 'sgd': 2}\nREFERENCE_ONLY = frozenset({'sgd'})\n"
+    (tmp_path / "deepcore/ops/schemas.py").write_text(text)
+    (violation,) = missing_pieces(tmp_path)
+    assert "'sgd' is in SCHEMAS without a reference" in violation.message
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        ("{'lamb'}", ["'sgd' has no kernels and is not in", "'lamb' is in REFERENCE_ONLY and not in SCHEMAS"]),
+        ("{'sgd', 'lion'}", ["'lion' is in REFERENCE_ONLY and has a folder in csrc/"]),
+        ("{'sgd'}", []),
+    ],
+)
+def test_the_list_of_stems_without_kernels_tells_the_truth(tmp_path: Path, only: str, message: list[str]) -> None:
+    whole_stem(tmp_path, "lion")
+    (tmp_path / "deepcore/ops/reference/sgd.py").touch()
+    text = f"SCHEMAS = {{'lion': 1, 'sgd': 2}}\nREFERENCE_ONLY = frozenset({only})\n"
+    (tmp_path / "deepcore/ops/schemas.py").write_text(text)
+    found = [violation.message for violation in missing_pieces(tmp_path)]
+    assert len(found) == len(message)
+    assert all(part in have for part, have in zip(message, found, strict=True))
 
 
 def test_the_walk_judges_source_and_leaves_tests_and_builds_alone(tmp_path: Path) -> None:

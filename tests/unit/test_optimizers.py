@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepcore.errors import ConfigError, UsageError
+from deepcore.ops import selftest
 from deepcore.ops.reference.segments import CHUNK_NUMEL
 from deepcore.optim import FusedAdagrad, FusedLamb, FusedLion, FusedSGD
 
@@ -162,6 +163,46 @@ def test_bf16_parameters_have_fp32_state_and_one_rounding(kind: Callable[..., An
     for a, b in zip(low, exact, strict=True):
         assert torch.equal(a, b.bfloat16())
         assert all(value.dtype == torch.float32 for value in ours.state[a].values())
+
+
+OPS = ("lion_", "adagrad_", "sgd_", "lamb_moments_", "lamb_apply_")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_pass_opcheck(op: str) -> None:
+    arguments = tuple(selftest.ARGUMENTS[op](torch.device("cpu")))
+    torch.library.opcheck(
+        getattr(torch.ops.deepcore, op).default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_skip_leaves_everything_alone_and_inactive_segments_stay(op: str) -> None:
+    make = selftest.ARGUMENTS[op]
+    names = [argument.name for argument in getattr(torch.ops.deepcore, op).default._schema.arguments]
+    skipped, before = make(torch.device("cpu")), make(torch.device("cpu"))
+    skipped[names.index("skip")].fill_(float("nan"))  # type: ignore[attr-defined]
+    getattr(torch.ops.deepcore, op)(*skipped)
+    kept = [name for name in names if name not in ("skip", "squares")]
+    assert all(same(skipped[names.index(name)], before[names.index(name)]) for name in kept)
+
+    halved, whole = make(torch.device("cpu")), make(torch.device("cpu"))
+    halved[names.index("active")][1] = 0  # type: ignore[index]
+    for arguments in (halved, whole):
+        getattr(torch.ops.deepcore, op)(*arguments)
+    split = 40  # the first element of the second of two segments
+    for name in ("params", "exp_avgs", "sums", "momentum_buffers", "copies"):
+        if name in names:
+            place = names.index(name)
+            (half,), (all_of_it,), (old,) = halved[place], whole[place], before[place]  # type: ignore[misc]
+            assert torch.equal(half[split:], old[split:])
+            assert torch.equal(half[:split], all_of_it[:split])
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, list):
+        return all(same(a, b) for a, b in zip(first, second, strict=True))
+    return torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("kind", "settings"), ALL, ids=str)
