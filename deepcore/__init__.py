@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deepcore import comm as comm
+    from deepcore import zero as zero
     from deepcore.comm.setup import init_distributed as init_distributed
     from deepcore.config.arguments import add_config_arguments as add_config_arguments
     from deepcore.engine.data import RepeatingLoader as RepeatingLoader
     from deepcore.engine.engine import Engine as Engine
     from deepcore.front_door import initialize as initialize
+    from deepcore.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -24,8 +26,9 @@ _HOMES = {
     "add_config_arguments": "deepcore.config.arguments",
     "Engine": "deepcore.engine.engine",
     "RepeatingLoader": "deepcore.engine.data",
+    "verify": "deepcore.verification",
 }
-_SUBPACKAGES = ("comm", "config", "errors", "ops", "optim")
+_SUBPACKAGES = ("comm", "config", "errors", "ops", "optim", "zero")
 
 __all__ = ["__version__", *_HOMES, *_SUBPACKAGES]
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "start a training script on one or more ranks",
     "env": "report versions, devices, compilers and backends",
     "ops": "show, build or clear the native ops",
+    "verify": "train your model beside plain PyTorch and compare",
     "config": "check and explain a config file, or print its JSON Schema",
 }
 DESCRIPTION = "deepcore: a training engine for PyTorch."

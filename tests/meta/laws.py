@@ -17,8 +17,10 @@ FLOORS = {
     **dict.fromkeys(("sharding", "precision", "optim"), 2),
     **dict.fromkeys(("zero", "parallel", "checkpoint", "generate"), 3),
     **dict.fromkeys(("engine", "plan", "monitor", "pipe", "sequence", "tensor"), 4),
-    **dict.fromkeys(("front_door", "cli"), 5),
-    **dict.fromkeys(("__init__", "__main__"), 6),  # the package's face: lazy names, python -m
+    "front_door": 5,
+    "verification": 6,
+    "cli": 7,
+    **dict.fromkeys(("__init__", "__main__"), 8),  # the package's face: lazy names, python -m
 }
 SIBLINGS = {("optim", "sharding")}  # (importer, imported): the one pair that shares a floor and may meet
 FREE_ROOT_NAMES = {"__version__"}  # what any floor may take from the package itself
