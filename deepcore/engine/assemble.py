@@ -24,8 +24,11 @@ from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
 from deepcore.precision.casts import ForwardCasts
 from deepcore.precision.scaler import LossScaler
-from deepcore.zero import STAGES, Stage3, ZeroStrategy
+from deepcore.zero.holdings import Holdings
 from deepcore.zero.hooks import keep_in_fp32
+from deepcore.zero.stage3 import Stage3
+from deepcore.zero.stages import REPLICATED
+from deepcore.zero.strategy import ZeroStrategy
 from deepcore.zero.updates import place_updates
 from deepcore.zero.wiring import TrafficSettings, build_traffic, keep_shard
 
@@ -54,25 +57,34 @@ def build_engine(
         world=mesh.dp.size,
     )
     strategy = _make_strategy(model, grouping, axis, settings)
+    groups = [*strategy.arena.groups, *grouping.frozen]
     if optimizer is None:
         strategy.attach()
-        return Engine(model, strategy, None, clock, world, mesh, settings, casts), None
+        engine = Engine(model, strategy, None, clock, world, mesh, settings, casts)
+        engine.take_charge(Holdings(strategy, axis, groups, None, None))
+        return engine, None
     replicas = 1 if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
     scaler = LossScaler(scaler_from(settings), world.device)
     step = StepSettings(settings.gradient_clipping, replicas, _checks_finite(settings))
     core = TrainCore(strategy, optimizer, scaler, clock, step)
     engine = Engine(model, strategy, core, clock, world, mesh, settings, casts)
+    _bind(optimizer, engine, core, axis, replicate=settings.zero_optimization.replicate_optimizer)
+    strategy.attach()
+    engine.take_charge(Holdings(strategy, axis, groups, optimizer, scaler))
+    return engine, base
+
+
+def _bind(optimizer: EngineOptimizer, engine: Engine, core: TrainCore, axis: Axis, *, replicate: bool) -> None:
+    """Give the optimizer the memory that it updates, and make its step the engine's."""
+    strategy = core.strategy
     params = {
-        name: param for group in grouping.trainable for name, param in zip(group.names, group.params, strict=True)
+        name: param for group in strategy.arena.groups for name, param in zip(group.names, group.params, strict=True)
     }
     rules = optimizer.rules(params, strategy.arena.forms)
-    replicate = settings.zero_optimization.replicate_optimizer
-    arena, agree = place_updates(strategy, mesh.zero_axis, rules, replicate=replicate)
+    arena, agree = place_updates(strategy, axis, rules, replicate=replicate)
     optimizer.bind(arena, params, engine.full_step, agree)
     if isinstance(optimizer, ClientOptimizer):
         optimizer.evaluator = ClosureEvaluator(core, axis)
-    strategy.attach()
-    return engine, base
 
 
 def _checks_finite(settings: Settings) -> bool:
@@ -90,7 +102,7 @@ def _make_strategy(model: torch.nn.Module, grouping: Grouping, axis: Axis, setti
     zero = settings.zero_optimization
     overlap = zero.overlap_comm is not False
     if zero.stage < 3:
-        return STAGES[zero.stage](grouping.trainable, axis, overlap=overlap)
+        return REPLICATED[zero.stage](grouping.trainable, axis, overlap=overlap)
     for group in grouping.frozen:
         keep_shard(group, axis.rank)
     kept = TrafficSettings(zero.stage3_prefetch_bucket_size, zero.stage3_uniform_control_flow, _keep_numel(settings))

@@ -106,6 +106,8 @@ class TrainCore:
         if not self._backwards:
             raise no_gradients()
         assert self.fresh_report is None, "the engine settles the last step before the next"
+        with torch.no_grad():
+            self.strategy.watch.absorb()
         verdict = self.judge_gradients()
         with torch.no_grad():
             self.optimizer.update(verdict.grad_scale, verdict.skip)

@@ -5,7 +5,7 @@ Knows nothing of how it was configured (``front_door``) or of how a step is made
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from deepcore.engine.progress import StepPrinter
 from deepcore.engine.report import exhausted_scale, skip_message
 from deepcore.errors import UsageError
 from deepcore.precision.casts import ForwardCasts
+from deepcore.zero import holdings
+from deepcore.zero.gather import load_weights
 from deepcore.zero.strategy import ZeroStrategy
 
 
@@ -65,6 +67,7 @@ class Engine(torch.nn.Module):
         self.training_dataloader: Any = None
         self._printer = StepPrinter(settings.steps_per_print, world.rank, world.device, settings.wall_clock_breakdown)
         self._destroyed = False
+        self._holdings: holdings.Holdings | None = None
         self._backward_since_step = False
         self._closed_window = False  # whether the last step() was at a boundary
         self._stepped_by_optimizer = False
@@ -181,6 +184,8 @@ class Engine(torch.nn.Module):
         if self._destroyed:
             return
         self._destroyed = True
+        if self._holdings is not None:
+            holdings.release(self._holdings)
         if self.core is not None:
             self.core.clear()
             self.core.kill("engine.destroy() was called")
@@ -298,6 +303,36 @@ class Engine(torch.nn.Module):
         with self.strategy.materialize():
             state = self.module.state_dict()
             return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+    # --- weights from outside -------------------------------------------------------------------------------------
+
+    def load_module_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """``module.load_state_dict`` with whole weights, at every stage; masters take what ``state_dict`` has.
+
+        Collective; every rank passes the same. Optimizer state stays as it is.
+
+        Returns:
+            The missing and unexpected keys, as ``load_state_dict`` does.
+        """
+        return load_weights(self.module, self.strategy, state_dict, strict=strict)
+
+    def refresh_masters(self) -> None:
+        """Let masters follow weights that were overwritten in a way that leaves no trace: ``param.data.copy_(...)``.
+
+        Where a weight still is what its master rounds to, the master keeps its bits. Other writes are noticed by the
+        next step. Every rank has to have written the same. At stage 3 use ``GatheredParameters`` instead.
+        """
+        with torch.no_grad():
+            self.strategy.watch.absorb(everything=True)
+
+    def empty_partition_cache(self) -> None:
+        """Free full weights and buffers that are kept for speed only, between steps. On every rank alike."""
+        self.strategy.release_buffers()
+
+    def take_charge(self, held: holdings.Holdings) -> None:
+        """Let the functions of ``deepcore.zero`` find this engine by its parameters, until ``destroy``."""
+        self._holdings = held
+        holdings.register(self.module, held)
 
     def _require_core(self, verb: str) -> TrainCore:
         if self.core is None:

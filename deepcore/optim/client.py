@@ -92,6 +92,7 @@ class ClientOptimizer(Optimizer):
         for param in self._left_alone:
             self.client.state.pop(param, None)
         self._masters = list(swapped.values())
+        self._target_of: dict[torch.Tensor, torch.nn.Parameter] = dict(swapped.items())
 
     def update(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         """Scale the gradients by ``grad_scale`` in place and let the client step, unless ``skip``."""
@@ -198,6 +199,11 @@ class ClientOptimizer(Optimizer):
         with torch.no_grad():
             self._show_gradients(verdict.grad_scale)
         return loss
+
+    def local_state(self, param: torch.Tensor) -> tuple[int | None, dict[str, Any]]:
+        """What this rank keeps of a parameter's state: (None, the client's own dict), each tensor whole."""
+        state: dict[str, Any] = self.client.state.get(self._target_of.get(param, param), {})
+        return None, state
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

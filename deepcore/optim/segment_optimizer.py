@@ -144,6 +144,17 @@ class SegmentOptimizer(Optimizer, ABC):
                 views = {name: form.view(tensors[segment.tensor], segment) for name, tensors in batch.states.items()}
                 self.state[param] = {"step": batch.steps[index], **views}
 
+    def local_state(self, param: torch.Tensor) -> tuple[int | None, dict[str, Any]]:
+        """What this rank keeps of a parameter's state under an engine, as views: (first element, tensors by name).
+
+        ``step`` is 0-dimensional, the others are 1-D in memory order.
+        """
+        for batch, index in self._places.get(param, ()):
+            segment = batch.table.segments[index]
+            runs = {name: _elements(tensors[segment.tensor], segment) for name, tensors in batch.states.items()}
+            return segment.offset, {"step": batch.steps[index], **runs}
+        return None, {}
+
     def assign_groups(self) -> None:
         """Let every segment follow the param_group of its parameter."""
         assert self._arena is not None

@@ -99,6 +99,31 @@ class ShardArena(UpdateArena):
                 params_of.append(first_param[index] + part.slot)
         return SegmentTable(segments, len(members), self.masters[members[0]].device), params_of
 
+    def follow(self, number: int, index: int, weights: torch.Tensor, exact: torch.Tensor | None = None) -> None:
+        """Let the master of a parameter follow its weights, which were overwritten.
+
+        A master that rounds to the new weight keeps its bits.
+
+        Args:
+            number, index: of the group, and of the parameter in it.
+            weights: 1-D, all of the parameter in memory order, in its own dtype.
+            exact: the same in higher precision, taken where it rounds to the weights.
+        """
+        if self.copies[number] is None:
+            return  # the weights are the masters, or the group's shard is
+        slot, (begin, end) = self.groups[number].layout.slots[index], self.ranges[number]
+        low, high = max(slot.start, begin), min(slot.end, end)
+        if low >= high:
+            return
+        master, wanted = self.masters[number][low - begin : high - begin], weights[low - slot.start : high - slot.start]
+        fresh = wanted.to(master.dtype)
+        if exact is not None:
+            finer = exact[low - slot.start : high - slot.start].to(master.dtype)
+            fresh = torch.where(finer.to(wanted.dtype) == wanted, finer, fresh)
+            master.copy_(fresh)
+        else:
+            master.copy_(torch.where(master.to(wanted.dtype) == wanted, master, fresh))
+
     def activate(self) -> None:
         """Make each batch's ``active`` follow ``usage``, on the device, without a look at either."""
         for batch, params_of in zip(self.batches, self.params_of, strict=True):

@@ -77,6 +77,11 @@ class FlatGroup:
         """The elements [begin, end) of the weights, as the tensor in which updates are to land."""
         return self.full[begin:end]
 
+    def put(self, index: int, values: torch.Tensor) -> None:
+        """Write a parameter's weights, wherever they are: ``values`` is 1-D, the whole of it in memory order."""
+        slot = self.layout.slots[index]
+        self.full[slot.start : slot.end].copy_(values)
+
     def _point_at(self, flat: torch.Tensor) -> None:
         for param, view in zip(self.params, self.views(flat), strict=True):
             param.grad = None

@@ -39,6 +39,7 @@ class ShardedGroup(FlatGroup):
         super().__init__(plan, num_shards, dtypes)
         self.residency = Residency.FULL
         self.shard = torch.empty(0)
+        self._begin = 0
         self._work: Work | None = None
         self._views: list[torch.Tensor] = []
         self._versions: list[int] = []
@@ -48,6 +49,7 @@ class ShardedGroup(FlatGroup):
 
     def weights_of(self, begin: int, end: int) -> torch.Tensor:
         self.shard = self.full[begin:end].clone()
+        self._begin = begin
         self._views = self.views(self.full)
         return self.shard
 
@@ -78,6 +80,24 @@ class ShardedGroup(FlatGroup):
         self.full.untyped_storage().resize_(0)
         self._versions = [param._version for param in self.params]
         self.residency = Residency.SHARDED
+
+    def put(self, index: int, values: torch.Tensor) -> None:
+        if self.residency is Residency.FULL:
+            super().put(index, values)
+        slot = self.layout.slots[index]
+        low, high = max(slot.start, self._begin), min(slot.end, self._begin + self.shard.numel())
+        if low < high:
+            self.shard[low - self._begin : high - self._begin].copy_(values[low - slot.start : high - slot.start])
+
+    def first_written(self) -> str | None:
+        """FULL only: the first parameter whose part in this rank's shard was overwritten, bit for bit, or None."""
+        assert self.residency is Residency.FULL, self.residency
+        mine = self.full[self._begin : self._begin + self.shard.numel()]
+        same = mine.view(torch.uint8) == self.shard.view(torch.uint8)
+        if bool(same.all()):
+            return None
+        place = self._begin + int((~same).nonzero()[0]) // self.shard.element_size()
+        return next((slot.name for slot in self.layout.slots if slot.start <= place < slot.end), None)
 
     def _require_untouched(self) -> None:
         for name, param, version in zip(self.names, self.params, self._versions, strict=True):

@@ -33,13 +33,13 @@ class GatherCycle:
         self._keep_skipped = False
 
     def begin(self, sequence: Sequence[int], *, keep_skipped: bool) -> None:
-        """Start a pass. Resident units are left out, on every rank alike.
+        """Start a pass. Units that are full between passes are left out, on every rank alike.
 
         Args:
             sequence: unit indices, in the order agreed.
             keep_skipped: units that ran before stay full when they are passed over (a backward comes back to them).
         """
-        self._sequence = [index for index in sequence if not self._units[index].resident]
+        self._sequence = [index for index in sequence if not self._units[index].is_held]
         self._position = 0
         self._keep_skipped = keep_skipped
 

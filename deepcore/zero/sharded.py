@@ -18,9 +18,10 @@ from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.packer import pack_group
 from deepcore.sharding.reducer import GradReducer
 from deepcore.sharding.statistics import GradientStatistics
+from deepcore.sharding.watch import WeightWatch
 from deepcore.zero.hooks import GradientHooks
 from deepcore.zero.shards import ShardWindow, gather_weights, measure_shards
-from deepcore.zero.strategy import ZeroStrategy
+from deepcore.zero.strategy import WindowGradient, ZeroStrategy
 
 MAX_IN_FLIGHT = 2  # groups whose buffers may exist at a time
 
@@ -40,6 +41,7 @@ class ShardedGradients(ZeroStrategy):
     def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool) -> None:
         self.groups = list(groups)
         self.arena = ShardArena(self.groups, axis.rank)
+        self.watch = WeightWatch(self.arena)
         self._axis = axis
         self._reducer = GradReducer(axis)
         self._hooks = GradientHooks(self.groups, self._group_ready, eager=overlap)
@@ -119,3 +121,22 @@ class ShardedGradients(ZeroStrategy):
         for group in self.groups:
             for param in group.params:
                 param.grad = None
+
+    def window_gradient(self, number: int, index: int) -> WindowGradient:
+        slot = self.groups[number].layout.slots[index]
+        local = None
+        if self._held and self._held[number].live[index]:
+            local = self._held[number].flat[slot.start : slot.end]
+        return self._window.gradient(number, index, local)
+
+    def mark_used(self, number: int, index: int) -> None:
+        self._window.note_use(number, [place == index for place in range(len(self.groups[number].params))])
+
+    def add_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:
+        """Nothing to do: all weights are always there."""
+
+    def remove_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:
+        """Nothing to undo."""
+
+    def release_buffers(self) -> None:
+        self._reducer.buffers.release()

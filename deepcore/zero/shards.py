@@ -14,6 +14,7 @@ from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.reducer import GradReducer
 from deepcore.sharding.statistics import GradientStatistics, interpret, read_gradients
+from deepcore.zero.strategy import WindowGradient
 
 
 class ShardWindow:
@@ -55,6 +56,11 @@ class ShardWindow:
             wire, self._arena.grads[number], accumulate=self._holds[number], divisor=self._divisor, done=done
         )
         self._holds[number] = True
+
+    def gradient(self, number: int, index: int, local: torch.Tensor | None) -> WindowGradient:
+        """What the window knows of one parameter's gradient, ``local`` being what is unreduced here."""
+        used = local is not None or self._used[number][index]
+        return WindowGradient(self._holds[number], self.unreduced, local, used, self._divisor)
 
     def reduced(self) -> None:
         self.reducing = self.unreduced = False

@@ -15,8 +15,9 @@ from deepcore.sharding.gradients import GroupGradients
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.reducer import GradReducer
 from deepcore.sharding.statistics import GradientStatistics, interpret, read_gradients
+from deepcore.sharding.watch import WeightWatch
 from deepcore.zero.hooks import GradientHooks
-from deepcore.zero.strategy import ZeroStrategy
+from deepcore.zero.strategy import WindowGradient, ZeroStrategy
 
 
 class Stage0(ZeroStrategy):
@@ -29,6 +30,7 @@ class Stage0(ZeroStrategy):
     def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool) -> None:
         self.groups = list(groups)
         self.arena = ShardArena(self.groups, None)
+        self.watch = WeightWatch(self.arena)
         self._axis = axis
         self._reducer = GradReducer(axis)
         self._hooks = GradientHooks(self.groups, self._group_ready, eager=overlap)
@@ -128,3 +130,27 @@ class Stage0(ZeroStrategy):
         self._reduced = self._unreduced = self._reducing = False
         for total in self._sums:
             total.clear()
+
+    def window_gradient(self, number: int, index: int) -> WindowGradient:
+        total, current = self._sums[number], self._current[number]
+        slot = total.group.layout.slots[index]
+        live = self._unreduced and current.live[index]
+        local = current.flat[slot.start : slot.end] if live else None
+        used = live or (self._reduced and total.live[index])
+        return WindowGradient(self._reduced, self._unreduced, local, used, self._divisor)
+
+    def mark_used(self, number: int, index: int) -> None:
+        total = self._sums[number]
+        total.live[index] = True
+        total.show()
+        self.arena.usage[self.arena.names.index(total.group.names[index])] = 1
+        self.arena.activate()
+
+    def add_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:
+        """Nothing to do: all weights are always there."""
+
+    def remove_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:
+        """Nothing to undo."""
+
+    def release_buffers(self) -> None:
+        """Nothing to free: all memory is in use for the engine's life."""

@@ -5,9 +5,10 @@ Knows nothing of the order of gathers (``cycle``) or of when a module needs its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from torch.utils.hooks import RemovableHandle
 
 from deepcore.comm.mesh import Axis
@@ -17,6 +18,7 @@ from deepcore.zero.hooks import watch_modules
 from deepcore.zero.sharded import MAX_IN_FLIGHT, ShardedGradients
 from deepcore.zero.shards import gather_weights
 from deepcore.zero.traffic import UnitTraffic
+from deepcore.zero.unit import Unit
 
 PATIENCE = 0.2  # seconds per backward that a rank may wait for reductions while others may wait for its gathers
 
@@ -100,5 +102,32 @@ class Stage3(ShardedGradients):
         gather_weights(self._replicated, self._axis)
         self.traffic.invalidate()
 
+    def make_boundary(self) -> None:
+        self.traffic.require_unheld()
+        super().make_boundary()
+
     def materialize(self) -> AbstractContextManager[None]:
-        return self.traffic.materialize()
+        return self.traffic.hold(self.traffic.units)
+
+    def hold(self, groups: Collection[FlatGroup]) -> AbstractContextManager[None]:
+        return self.traffic.hold([unit for unit in self.traffic.units if any(g in groups for g in unit.groups)])
+
+    def _unit_with(self, param: torch.Tensor) -> Unit | None:
+        groups = ((unit, group) for unit in self.traffic.units for group in unit.groups)
+        return next((unit for unit, group in groups if any(other is param for other in group.params)), None)
+
+    def add_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:
+        self.traffic.require_outside("parameters cannot be registered")
+        unit = self._unit_with(param)
+        if unit is not None and self.traffic.add_need(module, unit):
+            self._handles += watch_modules([module], self.traffic)
+
+    def remove_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:
+        unit = self._unit_with(param)
+        if unit is not None:
+            self.traffic.remove_need(module, unit)
+
+    def release_buffers(self) -> None:
+        super().release_buffers()
+        self.traffic.require_outside("buffers cannot be released")
+        self.traffic.invalidate()

@@ -6,21 +6,48 @@ Knows nothing of any particular stage.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from deepcore.sharding.arena import ShardArena
+from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.statistics import GradientStatistics
+from deepcore.sharding.watch import WeightWatch
+
+
+@dataclass(frozen=True)
+class WindowGradient:
+    """What a window holds so far of one parameter's gradient; ``reduced`` and ``unreduced`` are alike on all ranks.
+
+    Attributes:
+        reduced: the arena's shards hold the divided sum of passes that were reduced.
+        unreduced: there are passes whose gradients are still local.
+        local: this rank's sum of those, 1-D in memory order, to be divided by ``divisor``; None: it had none.
+        used: a gradient arrived on this rank.
+    """
+
+    reduced: bool
+    unreduced: bool
+    local: torch.Tensor | None
+    used: bool
+    divisor: float
 
 
 class ZeroStrategy(ABC):
     """One way of placing weights, gradients and optimizer state on the ranks of the zero axis.
 
     A window is the sequence of backward passes between two optimizer steps.
+
+    Attributes:
+        arena: of the parameters that are updated.
+        watch: over weights that are always whole, for writes that did not come from here.
     """
 
     arena: ShardArena
+    watch: WeightWatch
 
     @abstractmethod
     def attach(self) -> None:
@@ -71,6 +98,32 @@ class ZeroStrategy(ABC):
         """All full weights in the module inside, on every rank. Collective where weights are sharded."""
         return nullcontext()
 
+    def hold(self, groups: Collection[FlatGroup]) -> AbstractContextManager[None]:
+        """The full weights of some groups in the module inside, whatever is called there; collective likewise."""
+        return nullcontext()
+
     @abstractmethod
     def clear(self) -> None:
         """End the window: no gradients remain."""
+
+    # --- access from outside of training --------------------------------------------------------------------------
+
+    @abstractmethod
+    def window_gradient(self, number: int, index: int) -> WindowGradient:
+        """What is known of the gradient of parameter ``index`` of the arena's group ``number``."""
+
+    @abstractmethod
+    def mark_used(self, number: int, index: int) -> None:
+        """A reduced gradient of that parameter was written into the arena by hand: the step counts it in."""
+
+    @abstractmethod
+    def add_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:
+        """A call of ``module`` reads ``param``, which another module owns."""
+
+    @abstractmethod
+    def remove_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:
+        """It does so no more."""
+
+    @abstractmethod
+    def release_buffers(self) -> None:
+        """Free what is kept between passes for speed only; the same on every rank."""

@@ -51,6 +51,7 @@ class UnitTraffic:
         self._depth = 0
         self._grad_session = False
         self._waiting: dict[Unit, set[nn.Module]] = {}
+        self._extra: dict[nn.Module, list[Unit]] = {}  # needs that were added
         self.in_backward = False
         self.holding = False  # gradients stay local: units must stay full until they are folded
 
@@ -86,7 +87,7 @@ class UnitTraffic:
         last = self._orders[False][-self.keep_for_backward :] if self._grad_session and self.keep_for_backward else []
         for unit in self.units:
             unit.active = 0
-            unit.stays = unit.resident or unit.index in last
+            unit.stays = unit.is_held or unit.index in last
         self._waiting = {}
         for module, units in self.needs.items():
             for unit in units:
@@ -153,12 +154,13 @@ class UnitTraffic:
                 if not unit.resident:
                     unit.reshard()
         if not self._agreed[backward] and (backward or self._grad_session):
-            self._orders[backward] = self._agree(self._trace)
+            self._orders[backward] = self._agree(self._trace, self._orders[backward])
             self._agreed[backward] = True
 
-    def _agree(self, trace: list[int]) -> list[int]:
-        """The first rank's trace, with units that it did not need at the end."""
-        missing = [index for index in range(len(self.units)) if index not in set(trace)]
+    def _agree(self, trace: list[int], planned: list[int]) -> list[int]:
+        """The first rank's trace, with units that it did not need at the end, in the order planned."""
+        traced = set(trace)
+        missing = [index for index in planned if index not in traced]
         order = torch.tensor([*trace, *missing], dtype=torch.int64, device=self._axis.device)
         length = torch.tensor([len(order)], dtype=torch.int64, device=self._axis.device)
         self._axis.broadcast(length).wait()
@@ -192,21 +194,59 @@ class UnitTraffic:
         self.in_backward = self.holding = False
 
     @contextmanager
-    def materialize(self) -> Iterator[None]:
-        """All weights full inside, on every rank. Collective."""
-        if self._depth or self.in_backward:
-            raise UsageError(
-                "weights cannot be gathered inside a forward or backward",
-                expected="a call between steps",
-                do="move it out of the model's forward",
-            )
-        gathered = [unit for unit in self.units if unit.is_sharded]
+    def hold(self, units: Sequence[Unit]) -> Iterator[None]:
+        """Some units full inside, on every rank, whatever is called there. Collective."""
+        self.require_outside("weights cannot be gathered")
+        gathered = [unit for unit in units if unit.is_sharded]
         for unit in gathered:
             unit.launch(self._axis)
         for unit in gathered:
             unit.finish()
+        for unit in units:
+            unit.pinned += 1
         try:
             yield
         finally:
-            for unit in gathered:
-                unit.reshard()
+            for unit in units:
+                unit.pinned -= 1
+                if not unit.pinned:
+                    unit.resident = unit.stays = False
+                    unit.reshard()
+
+    def require_outside(self, what: str) -> None:
+        """Raise inside a forward or a backward."""
+        if self._depth or self.in_backward:
+            raise UsageError(
+                f"{what} inside a forward or backward",
+                got="a call from the model's forward, or from a hook",
+                expected="a call between steps",
+                do="move it out of the model's forward",
+            )
+
+    def require_unheld(self) -> None:
+        """Raise where a context holds full weights that an update would make old."""
+        for unit in self.units:
+            if unit.pinned:
+                raise UsageError(
+                    "an optimizer step while weights are held whole",
+                    got=f"GatheredParameters is open over the unit of '{unit.first_name}'",
+                    expected="a step outside of deepcore.zero.GatheredParameters",
+                    do="close the with-block before the step",
+                )
+
+    def add_need(self, module: nn.Module, unit: Unit) -> bool:
+        """Let calls of ``module`` have ``unit`` too; True if the module was not watched before."""
+        needed = self.needs.setdefault(module, [])
+        if unit not in needed:
+            needed.append(unit)
+            self._extra.setdefault(module, []).append(unit)
+        if module in self.watched:
+            return False
+        self.watched.append(module)
+        return True
+
+    def remove_need(self, module: nn.Module, unit: Unit) -> None:
+        """Undo ``add_need``; what the module's own weights need stays."""
+        if unit in self._extra.get(module, ()):
+            self._extra[module].remove(unit)
+            self.needs[module].remove(unit)

@@ -26,6 +26,7 @@ class Unit:
         ran: whether it took part in a forward since the last backward ended.
         resident: full between passes, on every rank alike.
         stays: this pass leaves it resident.
+        pinned: contexts that hold it full, on every rank alike.
     """
 
     def __init__(self, index: int, groups: Sequence[ShardedGroup], members: Sequence[torch.nn.Module]) -> None:
@@ -34,12 +35,18 @@ class Unit:
         self.members = frozenset(members)
         self.numbers: list[int] = []
         self.numel = sum(group.layout.numel for group in groups)
-        self.active = self.pending = 0
+        self.active = self.pending = self.pinned = 0
         self.ran = self.resident = self.stays = False
 
     @property
     def is_trainable(self) -> bool:
-        return bool(self.numbers)
+        """Whether a backward has gradients to bring to it; may change from step to step."""
+        return bool(self.numbers) and any(param.requires_grad for group in self.groups for param in group.params)
+
+    @property
+    def is_held(self) -> bool:
+        """Full between passes, on every rank alike."""
+        return self.resident or self.pinned > 0
 
     @property
     def first_name(self) -> str:
@@ -69,8 +76,8 @@ class Unit:
                 group.finish_unshard()
 
     def reshard(self) -> None:
-        """Free the full weights, if they are there."""
-        if self.is_full:
+        """Free the full weights, if they are there and nobody holds them."""
+        if self.is_full and not self.pinned:
             for group in self.groups:
                 group.reshard()
 

@@ -13,6 +13,7 @@ from torch import nn
 from deepcore.comm.mesh import Axis
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.module_units import UnitPlan
+from deepcore.zero.holdings import externals
 from deepcore.zero.traffic import UnitTraffic
 from deepcore.zero.unit import Unit
 
@@ -44,7 +45,7 @@ def build_traffic(
 
 
 def needed_units(root: nn.Module, plans: Sequence[UnitPlan], units: Sequence[Unit]) -> dict[nn.Module, list[Unit]]:
-    """Per member module the units of all parameters that it holds, tied ones of other units included."""
+    """Per module the units of all parameters that its call reads: its own, tied and registered ones."""
     owner = {param: unit for plan, unit in zip(plans, units, strict=True) for _, param in plan.params}
     needs: dict[nn.Module, list[Unit]] = {}
     for plan, unit in zip(plans, units, strict=True):
@@ -54,6 +55,10 @@ def needed_units(root: nn.Module, plans: Sequence[UnitPlan], units: Sequence[Uni
     for module in tied_modules(root, plans):
         held = [owner[param] for param in module.parameters(recurse=False) if param in owner]
         needs[module] = list(dict.fromkeys(held))
+    for module in root.modules():
+        read = [owner[param] for param in externals(module) if isinstance(param, nn.Parameter) and param in owner]
+        if read:
+            needs[module] = list(dict.fromkeys([*needs.get(module, []), *read]))
     return needs
 
 

@@ -1,0 +1,92 @@
+"""Owns where masters and gradients of one parameter lie on this rank, and the checks of values meant for them.
+
+Knows nothing of collectives other than the assembly of parts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from deepcore.errors import UsageError
+from deepcore.sharding.sharded_group import ShardedGroup
+from deepcore.zero.gather import in_shape
+from deepcore.zero.holdings import Held
+from deepcore.zero.parts import Part, assemble, part_of
+
+Tensor = torch.Tensor
+
+
+def form(held: Held) -> tuple[int, ...]:
+    return tuple(held.param.shape) if held.group is None else held.slot.shape
+
+
+def weights_part(held: Held) -> Part | None:
+    """This rank's part of the masters, or of the weights where those are all there is."""
+    assert held.group is not None
+    if held.number is None:
+        assert isinstance(held.group, ShardedGroup), "groups that nothing updates are sharded"
+        begin, _ = held.group.layout.shard_range(held.holdings.axis.rank)
+        return part_of(held.group.shard, begin, held.slot.start, held.slot.shape)
+    arena = held.holdings.strategy.arena
+    return part_of(arena.masters[held.number], arena.ranges[held.number][0], held.slot.start, held.slot.shape)
+
+
+def gradient_part(held: Held) -> Part | None:
+    assert held.number is not None
+    arena = held.holdings.strategy.arena
+    return part_of(arena.grads[held.number], arena.ranges[held.number][0], held.slot.start, held.slot.shape)
+
+
+def in_fp32(held: Held, part: Part | None) -> Tensor:
+    whole = assemble(part, held.holdings.axis)
+    flat = torch.empty(0, device=held.holdings.axis.device) if whole is None else whole.values.float()
+    return in_shape(flat, held)
+
+
+def run(flat: Tensor, part: Part) -> Tensor:
+    """What of a whole tensor (1-D, in memory order) belongs to a part."""
+    return flat[part.offset : part.offset + part.values.numel()]
+
+
+def inverse_scale(held: Held) -> Tensor | float:
+    scaler = held.holdings.scaler
+    return 1.0 if scaler is None else scaler.inverse
+
+
+# --- what users can get wrong -----------------------------------------------------------------------------------------
+
+
+def require_shape(held: Held, value: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(
+            f"a value for '{held.name}' has another shape",
+            got=got,
+            expected=f"a tensor of shape {shape}",
+            do="pass the whole tensor, as the function that gets it returns it",
+        )
+
+
+def require_local(held: Held, value: Tensor | None, numel: int) -> None:
+    given = 0 if value is None else value.numel()
+    if given != numel:
+        raise UsageError(
+            f"a value for this rank's part of '{held.name}' has another size",
+            got=f"{given} elements",
+            expected=f"{numel} elements" if numel else "None: this rank holds none of it",
+            do="pass a tensor of the size that the function that gets it returns",
+        )
+
+
+def require_gradient(held: Held) -> int:
+    """The parameter's group, where a window has begun."""
+    if held.number is not None:
+        window = held.holdings.strategy.window_gradient(held.number, held.index)
+        if window.reduced or window.unreduced:
+            return held.number
+    raise UsageError(
+        f"there is no gradient of '{held.name}' to replace",
+        got="nothing updates this parameter" if held.number is None else "no backward since the last step",
+        expected="a parameter in the optimizer, between backward and step",
+        do="call it after engine.backward(loss)",
+    )
