@@ -52,8 +52,9 @@ def main() -> None:
 
     validation_loss = evaluate(engine, held_out)
     journal.validate(num_steps, validation_loss)
+    sample = model.write(b"def ", num_bytes=300)  # on every rank: sharded weights are gathered together
     if engine.global_rank == 0:
-        print(f"\nWhat it writes after 'def ':\n\n{model.write(b'def ', num_bytes=300).decode(errors='replace')}\n")
+        print(f"\nWhat it writes after 'def ':\n\n{sample.decode(errors='replace')}\n")
         print(f"{num_steps} steps in {seconds:.0f} s; see loss.png and log.jsonl in {args.out}")
         print(f"validation loss: {validation_loss:.4f}", flush=True)
     engine.destroy()
@@ -115,9 +116,10 @@ def nats_per_byte(engine: Any, inputs: torch.Tensor, targets: torch.Tensor) -> t
 
 @torch.no_grad()
 def evaluate(engine: Any, windows: Windows, every: int = 1) -> float:
-    """Mean nats per byte over every ``every``-th held-out window; the ranks share the work and add up."""
+    """Mean nats per byte over every ``every``-th held-out window; the ranks share the work evenly and add up."""
     engine.eval()
-    mine = Subset(windows, range(engine.global_rank * every, len(windows), engine.world_size * every))
+    stride = engine.world_size * every
+    mine = Subset(windows, range(engine.global_rank * every, len(windows) // stride * stride, stride))
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats, bytes
     for inputs, targets in DataLoader(mine, batch_size=16):
         total[0] += nats_per_byte(engine, inputs, targets) * targets.numel()
