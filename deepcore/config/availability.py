@@ -70,7 +70,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt("prescale_gradients", _on, _REMOVE),
     Unbuilt("gradient_predivide_factor", _other_than(1.0), _REMOVE),
     Unbuilt("managed_gradient_accumulation", _off, "use engine.no_sync() or set_gradient_accumulation_boundary()"),
-    Unbuilt("deterministic", _on, "one rank is deterministic; remove it"),
     Unbuilt(
         "optimizer.params.amsgrad",
         _on,

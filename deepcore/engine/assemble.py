@@ -102,7 +102,7 @@ def _make_strategy(model: torch.nn.Module, grouping: Grouping, axis: Axis, setti
     zero = settings.zero_optimization
     overlap = zero.overlap_comm is not False
     if zero.stage < 3:
-        return REPLICATED[zero.stage](grouping.trainable, axis, overlap=overlap)
+        return REPLICATED[zero.stage](grouping.trainable, axis, overlap=overlap, deterministic=settings.deterministic)
     for group in grouping.frozen:
         keep_shard(group, axis.rank)
     kept = TrafficSettings(zero.stage3_prefetch_bucket_size, zero.stage3_uniform_control_flow, _keep_numel(settings))

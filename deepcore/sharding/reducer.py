@@ -55,7 +55,42 @@ class GradReducer:
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
         self._pending: list[_Pending] = []
+        self._gathers: list[Work] = []
         self.buffers = BufferPool()
+
+    def launch_all_in_order(self, flat: torch.Tensor, wire: torch.Tensor, divisor: float) -> None:
+        """As ``launch_all``, but summed in fp32 and in rank order: every rank sums its shard and gathers the others'.
+
+        Args:
+            flat: 1-D (size * n,): receives the sum, divided.
+            wire: the same content in the dtype that travels; may be ``flat``.
+            divisor: of the sum.
+        """
+        if self.axis.size == 1:
+            if divisor != 1:
+                flat.div_(divisor)
+            return
+        # Gathers are launched at these points only, so that all ranks interleave them with the sums alike.
+        self.drain(leave=1)
+        landing = self.buffers.take(wire.numel(), wire.dtype, wire.device)
+        work = self.axis.all_to_all_into(landing, wire)
+        numel = flat.numel() // self.axis.size
+        own = flat[self.axis.rank * numel : (self.axis.rank + 1) * numel]
+
+        def complete() -> None:
+            torch.ops.deepcore.bucket_sum_(own, landing, False, divisor)
+            self.buffers.give(landing)
+            if wire is not flat:
+                self.buffers.give(wire)
+            self._gathers.append(self.axis.all_gather_into(flat, own))
+
+        self._pending.append(_Pending(work, complete))
+
+    def finish(self) -> None:
+        """Complete everything, the gathers of whole sums included."""
+        self.drain()
+        while self._gathers:
+            self._gathers.pop(0).wait()
 
     def launch_all(self, flat: torch.Tensor, dtype: torch.dtype, divisor: float) -> None:
         """Begin to replace ``flat`` (1-D) by its sum over the axis, divided; ``dtype`` is what travels."""
@@ -124,4 +159,4 @@ class GradReducer:
 
     @property
     def in_flight(self) -> bool:
-        return bool(self._pending)
+        return bool(self._pending or self._gathers)

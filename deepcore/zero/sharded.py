@@ -38,11 +38,12 @@ class ShardedGradients(ZeroStrategy):
     def reduces(self, boundary: bool) -> bool:
         """Whether a backward pass that is not held ends in a reduction."""
 
-    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool) -> None:
+    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool, deterministic: bool = False) -> None:
         self.groups = list(groups)
         self.arena = ShardArena(self.groups, axis.rank)
         self.watch = WeightWatch(self.arena)
         self._axis = axis
+        self.deterministic = deterministic
         self._reducer = GradReducer(axis)
         self._hooks = GradientHooks(self.groups, self._group_ready, eager=overlap)
         self._held: list[GroupGradients] = []  # full sums of passes that did not reduce

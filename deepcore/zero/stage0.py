@@ -25,13 +25,17 @@ class Stage0(ZeroStrategy):
 
     After the boundary's backward, ``p.grad`` is the gradient summed over ranks, or None where no rank had one.
     A further backward in the same window (a second loss) is reduced by itself and added.
+
+    On CPUs, and everywhere if ``deterministic``, sums are made in rank order; NCCL's own all-reduce is used elsewhere.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool) -> None:
+    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool, deterministic: bool = False) -> None:
         self.groups = list(groups)
         self.arena = ShardArena(self.groups, None)
         self.watch = WeightWatch(self.arena)
         self._axis = axis
+        self._every_backward = deterministic  # stages 2 and 3 add ranks before micro-batches: so do all, then
+        self._in_order = deterministic or self.arena.device.type == "cpu"
         self._reducer = GradReducer(axis)
         self._hooks = GradientHooks(self.groups, self._group_ready, eager=overlap)
         self._sums = [GroupGradients(group, flat) for group, flat in zip(self.groups, self.arena.grads, strict=True)]
@@ -56,7 +60,7 @@ class Stage0(ZeroStrategy):
             self._extras = [GroupGradients(total.group, torch.zeros_like(total.flat)) for total in self._sums]
             for total in self._sums:
                 total.hide()
-        self._reducing = boundary and not hold
+        self._reducing = (boundary or self._every_backward) and not hold
         self._hooks.begin(self._reducing)
 
     def set_divisor(self, divisor: float) -> None:
@@ -82,16 +86,28 @@ class Stage0(ZeroStrategy):
 
     def _group_ready(self, number: int) -> None:
         gradients = self._current[number]
+        narrow = not self._unreduced  # alike on all ranks
         gradients.fold()
         gradients.zero_dead()
-        self._reducer.launch_all(gradients.flat, gradients.group.dtypes.reduce or gradients.flat.dtype, self._divisor)
+        dtypes, flat = gradients.group.dtypes, gradients.flat
+        if self._in_order:
+            # The sum of one pass is what autograd made: narrower than fp32, and nothing is lost on the way.
+            dtype = dtypes.reduce or (gradients.group.key.dtype if narrow else flat.dtype)
+            self._reducer.launch_all_in_order(flat, self._as_wire(flat, dtype), self._divisor)
+        else:
+            self._reducer.launch_all(flat, dtypes.reduce or flat.dtype, self._divisor)
+
+    def _as_wire(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if dtype == flat.dtype or self._axis.size == 1:
+            return flat
+        return self._reducer.buffers.take(flat.numel(), dtype, flat.device).copy_(flat)
 
     def _complete(self) -> None:
         """Agree on which parameters were used by any rank, wait for the sums, and add those of extra passes."""
         live = [flag for gradients in self._current for flag in gradients.live]
         used = torch.tensor(live, dtype=torch.uint8).to(self.arena.device)
         agreement = self._axis.all_reduce(used, op="max")
-        self._reducer.drain()
+        self._reducer.finish()
         agreement.wait()
         for total, extra in zip(self._sums, self._extras, strict=False):
             total.flat.add_(extra.flat)

@@ -31,6 +31,7 @@ class Case:
     weight_decay: float = 0.1
     stage: int = 0
     persistent: int = 0  # at stage 3, elements of a parameter that is never sharded
+    deterministic: bool = False
     fp16: bool = False
     autocast: bool = False
 
@@ -53,6 +54,7 @@ class Case:
             "train_micro_batch_size_per_gpu": 3,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.clip,
+            "deterministic": self.deterministic,
             "bf16": {"enabled": self.bf16},
             "fp16": {"enabled": self.fp16, "initial_scale_power": 7},
             "torch_autocast": {"enabled": self.autocast, "dtype": "bfloat16"},
