@@ -17,7 +17,7 @@ CXX_SOURCES := csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train test csrc-test pytest ops lint format bench wheel gpu clean
+.PHONY: help venv train test parity csrc-test pytest ops lint format bench wheel gpu clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -123,6 +123,9 @@ csrc-test: $(VENV)/test.stamp
 
 pytest: $(VENV)/test.stamp ops
 	@$(BIN)/python -m pytest $(ARGS)
+
+parity: $(VENV)/test.stamp ops ## Run the whole parity matrix, the nightly half included
+	@$(BIN)/python -m pytest -m "" tests/parity tests/dist $(ARGS)
 
 lint: $(VENV)/lint.stamp ## Check style, types and the laws of the house
 	$(BIN)/python -m ruff check .

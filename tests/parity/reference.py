@@ -86,7 +86,7 @@ def train_reference(
             param.data = param.data.to(case.low)
     optimizer = make_optimizer(masters)
     for step in range(case.steps):
-        sums = _summed_gradients(model, trainable, case, lambda rank, micro, step=step: data(step, rank, micro))
+        sums = summed_gradients(model, trainable, case, lambda rank, micro, step=step: data(step, rank, micro))
         _clip(sums, case.clip)
         for master, total in zip(masters, sums, strict=True):
             master.grad = total
@@ -97,7 +97,7 @@ def train_reference(
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def _summed_gradients(
+def summed_gradients(
     model: torch.nn.Module,
     trainable: list[torch.nn.Parameter],
     case: Case,

@@ -9,6 +9,7 @@ import pytest
 from deepcore.optim import FusedAdam
 from tests.dist.pool import run_ranks
 from tests.parity.reference import Case, train_reference, worst_difference
+from tests.parity.selection import in_turns
 from tests.parity.training import train
 
 STAGES = (1, 2, 3)
@@ -35,8 +36,7 @@ def limit(case: Case) -> float:
     return 1e-3 if case.low or case.autocast else 1e-6
 
 
-@pytest.mark.parametrize("hostile", [False, True], ids=["", "hostile"])
-@pytest.mark.parametrize("case", [*CASES, *PRECISIONS], ids=str)
+@pytest.mark.parametrize(("case", "hostile"), in_turns([*CASES, *PRECISIONS]))
 def test_equals_the_reference_slice_by_slice(case: Case, hostile: bool) -> None:
     results = run_ranks(case.world, train, case, hostile=hostile)
     expected = train_reference(case, lambda ps: FusedAdam(ps, lr=case.lr, eps=case.eps, weight_decay=0.1))

@@ -10,6 +10,7 @@ import torch
 from deepcore.optim import FusedAdam
 from tests.dist.pool import run_ranks
 from tests.parity.reference import Case, Weights, train_reference, train_unsplit, worst_difference
+from tests.parity.selection import in_turns
 from tests.parity.training import train
 
 CASES = [
@@ -22,8 +23,7 @@ def fused(case: Case) -> Weights:
     return train_reference(case, lambda params: FusedAdam(params, lr=case.lr, eps=case.eps, weight_decay=0.1))
 
 
-@pytest.mark.parametrize("hostile", [False, True], ids=["", "hostile"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "hostile"), in_turns(CASES))
 def test_equals_the_reference_slice_by_slice(case: Case, hostile: bool) -> None:
     results = run_ranks(case.world, train, case, hostile=hostile)
     expected = fused(case)

@@ -11,6 +11,7 @@ import deepcore
 from deepcore.optim import FusedAdam
 from tests.dist.pool import run_ranks
 from tests.parity.reference import Weights, worst_difference
+from tests.parity.selection import in_turns
 from tests.parity.zoo import ZOO, build, data
 
 STEPS, ACCUMULATION = 4, 2
@@ -66,10 +67,9 @@ def reference(name: str, world: int) -> Weights:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("hostile", [False, True], ids=["", "hostile"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", ZOO)
-def test_the_zoo(name: str, stage: int, hostile: bool) -> None:
+@pytest.mark.parametrize(("case", "hostile"), in_turns((name, stage) for stage in range(4) for name in (*ZOO,)))
+def test_the_zoo(case: tuple[str, int], hostile: bool) -> None:
+    name, stage = case
     world = 3 if hostile else 2
     results = run_ranks(world, train, name, stage, hostile=hostile, timeout=30)
     # bf16 parameters of the cocktail: the engine sums their gradients in fp32, autograd in bf16.

@@ -1,0 +1,20 @@
+"""Which rows of the contract run every time: each case once, plainly or under the hostile double, in turns.
+
+The other half is marked nightly; ``make parity`` runs all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+
+def in_turns(cases: Iterable[Any]) -> Iterator[Any]:
+    """Parameters (case, hostile): of the two of each case, one is nightly, alternately the one and the other."""
+    for number, case in enumerate(cases):
+        for hostile in (False, True):
+            every_time = hostile is (number % 2 == 1)
+            name = f"{case}{' hostile' if hostile else ''}"
+            yield pytest.param(case, hostile, id=name, marks=() if every_time else pytest.mark.nightly)
