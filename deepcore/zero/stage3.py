@@ -20,7 +20,7 @@ from deepcore.zero.shards import gather_weights
 from deepcore.zero.traffic import UnitTraffic
 from deepcore.zero.unit import Unit
 
-PATIENCE = 0.2  # seconds per backward that a rank may wait for reductions while others may wait for its gathers
+PATIENCE = 0.05  # seconds per backward that a rank may wait for reductions while others may wait for its gathers
 
 
 class Stage3(ShardedGradients):
