@@ -20,6 +20,7 @@ from deepcore.engine.engine import Engine
 from deepcore.engine.grouping import Grouper, Grouping
 from deepcore.engine.placement import cast_rest, share_weights
 from deepcore.engine.regime import policy_from, scaler_from
+from deepcore.engine.trainability import LateThaws, note_room_for_frozen
 from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
 from deepcore.precision.casts import ForwardCasts
@@ -47,6 +48,8 @@ def build_engine(
     axis = mesh.zero_axis
     chosen = _chosen(model, optimizer)
     grouping = Grouper(model, policy, axis, settings).group(chosen)
+    if world.rank == 0:
+        note_room_for_frozen(grouping.held)
     share_weights(model, grouping.everything, axis, world.device)
     cast_rest(model, grouping.everything, policy)
     if policy.param is not None:
@@ -66,7 +69,7 @@ def build_engine(
     replicas = 1 if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
     scaler = LossScaler(scaler_from(settings), world.device)
     step = StepSettings(settings.gradient_clipping, replicas, _checks_finite(settings))
-    core = TrainCore(strategy, optimizer, scaler, clock, step)
+    core = TrainCore(strategy, optimizer, scaler, clock, step, LateThaws(model, grouping.held))
     engine = Engine(model, strategy, core, clock, world, mesh, settings, casts)
     _bind(optimizer, engine, core, axis, replicate=settings.zero_optimization.replicate_optimizer)
     strategy.attach()
@@ -102,12 +105,12 @@ def _make_strategy(model: torch.nn.Module, grouping: Grouping, axis: Axis, setti
     zero = settings.zero_optimization
     overlap = zero.overlap_comm is not False
     if zero.stage < 3:
-        return REPLICATED[zero.stage](grouping.trainable, axis, overlap=overlap, deterministic=settings.deterministic)
+        return REPLICATED[zero.stage](grouping.held, axis, overlap=overlap, deterministic=settings.deterministic)
     for group in grouping.frozen:
         keep_shard(group, axis.rank)
     kept = TrafficSettings(zero.stage3_prefetch_bucket_size, zero.stage3_uniform_control_flow, _keep_numel(settings))
     traffic = build_traffic(model, grouping.plans, grouping.units, axis, kept)
-    return Stage3(grouping.trainable, axis, overlap=overlap, traffic=traffic)
+    return Stage3(grouping.held, axis, overlap=overlap, traffic=traffic)
 
 
 def _keep_numel(settings: Settings) -> int | None:

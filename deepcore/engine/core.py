@@ -15,6 +15,7 @@ import torch
 
 from deepcore.engine.clock import Clock
 from deepcore.engine.report import StepReport
+from deepcore.engine.trainability import LateThaws
 from deepcore.errors import UsageError
 from deepcore.optim.clip import GradientVerdict, judge
 from deepcore.optim.factory import EngineOptimizer
@@ -51,7 +52,9 @@ class TrainCore:
         scaler: LossScaler,
         clock: Clock,
         settings: StepSettings,
+        thaws: LateThaws,
     ) -> None:
+        self._thaws = thaws
         self.strategy, self.optimizer, self.scaler = strategy, optimizer, scaler
         self.clock, self.settings = clock, settings
         self.last_report: StepReport | None = None
@@ -106,6 +109,7 @@ class TrainCore:
         if not self._backwards:
             raise no_gradients()
         assert self.fresh_report is None, "the engine settles the last step before the next"
+        self._thaws.check()
         with torch.no_grad():
             self.strategy.watch.absorb()
         verdict = self.judge_gradients()

@@ -26,19 +26,19 @@ class Grouping:
     """The groups of one engine.
 
     Attributes:
-        trainable: groups that the optimizer updates, those of units included.
+        held: groups that the optimizer holds, those of units included; some may be frozen for the time being.
         frozen: sharded groups that nothing updates.
         plans, units: the units of stage 3, empty elsewhere.
     """
 
-    trainable: list[FlatGroup]
+    held: list[FlatGroup]
     frozen: list[FlatGroup] = field(default_factory=list)
     plans: list[UnitPlan] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
 
     @property
     def everything(self) -> list[FlatGroup]:
-        return [*self.trainable, *self.frozen]
+        return [*self.held, *self.frozen]
 
 
 class Grouper:
@@ -48,22 +48,26 @@ class Grouper:
         self._model, self._policy, self._axis = model, policy, axis
         self._zero = settings.zero_optimization
         self._dtypes = policy.param_dtypes(model)
+        self._held: set[torch.nn.Parameter] = set()
 
     def group(self, chosen: Collection[torch.nn.Parameter]) -> Grouping:
-        """The groups for the parameters ``chosen`` by the optimizer, and at stage 3 for frozen ones too."""
-        trainable = [(n, p) for n, p in self._model.named_parameters() if p in chosen and p.requires_grad]
-        if self._zero.stage == 3:
-            return self._by_unit({param for _, param in trainable})
-        plans = self._plan(trainable, self._zero.reduce_bucket_size)
-        return Grouping([self._replicated(plan) for plan in plans])
+        """The groups for the parameters ``chosen`` by the optimizer, and at stage 3 for others too.
 
-    def _by_unit(self, trainable: Collection[torch.nn.Parameter]) -> Grouping:
-        named = [(name, param) for name, param in self._model.named_parameters() if self._shards(param, trainable)]
+        Of those chosen that are frozen, the ones that can be trained get their place too: they may be unfrozen later.
+        """
+        self._held = {param for param in chosen if param.requires_grad or _is_plain(param)}
+        if self._zero.stage == 3:
+            return self._by_unit()
+        named = [(name, param) for name, param in self._model.named_parameters() if param in self._held]
+        return Grouping([self._replicated(plan) for plan in self._plan(named, self._zero.reduce_bucket_size)])
+
+    def _by_unit(self) -> Grouping:
+        named = [(name, param) for name, param in self._model.named_parameters() if self._shards(param)]
         zero = self._zero
         persistent, sharded = split_persistent(
             named, zero.stage3_param_persistence_threshold, zero.stage3_model_persistence_threshold
         )
-        kept = [(name, param) for name, param in persistent if param in trainable]
+        kept = [(name, param) for name, param in persistent if param in self._held]
         groups = [self._replicated(plan) for plan in self._plan(kept, None)]
         plans = plan_units(self._model, sharded, zero.reduce_bucket_size)
         units = []
@@ -73,22 +77,28 @@ class Grouper:
         frozen: list[FlatGroup] = []
         for unit in units:
             for group in unit.groups:
-                if group.params[0] in trainable:
+                if group.params[0] in self._held:
                     unit.numbers.append(len(groups))
                     groups.append(group)
                 else:
                     frozen.append(group)
         return Grouping(groups, frozen, plans, units)
 
-    def _shards(self, param: torch.nn.Parameter, trainable: Collection[torch.nn.Parameter]) -> bool:
-        """Trainable parameters must be shardable; frozen ones are left alone where they are not."""
-        if param in trainable:
+    def _shards(self, param: torch.nn.Parameter) -> bool:
+        """What the optimizer holds must be shardable; the rest is left alone where it is not."""
+        if param in self._held:
             return True
-        plain = type(param.data) is torch.Tensor and param.layout is torch.strided and param.dtype in SUPPORTED_DTYPES
-        return plain and not param.requires_grad and is_dense(param.shape, param.stride())
+        return _is_plain(param) and not (self._held and param.requires_grad)
 
     def _plan(self, named: list[NamedParam], bound: int | None, first_unit: int = 0) -> list[GroupPlan]:
-        return plan_groups(named, axis=self._axis.name, dtype_of=self._dtypes, max_numel=bound, first_unit=first_unit)
+        return plan_groups(
+            named,
+            axis=self._axis.name,
+            dtype_of=self._dtypes,
+            held=self._held,
+            max_numel=bound,
+            first_unit=first_unit,
+        )
 
     def _replicated(self, plan: GroupPlan) -> FlatGroup:
         group = FlatGroup(plan, self._axis.size, self._dtypes_of(plan))
@@ -103,3 +113,9 @@ class Grouper:
     def _dtypes_of(self, plan: GroupPlan) -> GroupDtypes:
         param, policy = plan.key.dtype, self._policy
         return GroupDtypes(policy.master_of(param), policy.accumulate_of(param), policy.reduce)
+
+
+def _is_plain(param: torch.nn.Parameter) -> bool:
+    """Whether a flat group can take it."""
+    plain = type(param.data) is torch.Tensor and param.layout is torch.strided and param.dtype in SUPPORTED_DTYPES
+    return plain and is_dense(param.shape, param.stride())

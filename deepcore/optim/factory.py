@@ -39,16 +39,19 @@ _ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction")
 def collect_groups(module: torch.nn.Module, model_parameters: Iterable[Any] | None) -> ParamGroups:
     """The param_groups to optimize: the given parameters or group dicts, else all that are trainable.
 
+    Parameters that are given though they are frozen are kept, for they may be unfrozen later.
+
     Raises:
         ConfigError: a parameter is not the model's, or stands in two groups.
     """
+    asked = model_parameters is not None
     given: list[Any] = list(model_parameters) if model_parameters is not None else list(module.parameters())
     if any(isinstance(item, dict) for item in given):
         groups = [{**group, "params": _as_list(group["params"])} for group in given]
     else:
         groups = [{"params": given}]
     for group in groups:
-        group["params"] = [param for param in group["params"] if param.requires_grad]
+        group["params"] = [p for p in group["params"] if p.requires_grad or (asked and p.is_floating_point())]
     groups = [group for group in groups if group["params"]]
     require_ours(module, groups)
     return groups
@@ -97,7 +100,7 @@ def make_optimizer(
     """
     if client is None and section is None:
         return None, None
-    if not groups:
+    if not any(param.requires_grad for group in groups for param in group["params"]):
         raise ConfigError(
             "the model has no trainable parameter",
             got="no parameter to optimize has requires_grad=True",

@@ -5,7 +5,7 @@ Knows nothing of buffers or collectives: it returns names and keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -38,26 +38,29 @@ def plan_groups(
     *,
     axis: str,
     dtype_of: Mapping[torch.nn.Parameter, torch.dtype] | None = None,
+    held: Collection[torch.nn.Parameter] = (),
     max_numel: int | None = None,
     first_unit: int = 0,
 ) -> list[GroupPlan]:
     """Pack parameters, in registration order, into groups of at most ``max_numel`` elements each.
 
-    Parameters of different dtype, device or trainability never share a group. A parameter larger than the
+    Parameters of different dtype, device or trainability never share a group, nor do those that an optimizer holds
+    with others. A parameter larger than the
     bound gets a group of its own.
 
     Args:
         named: (name, parameter) pairs, each parameter once.
         axis: name of the mesh axis over which the groups are reduced.
         dtype_of: dtype that each parameter will be cast to; None keeps theirs.
+        held: parameters that an optimizer holds.
         first_unit: number of the first group.
         max_numel: elements per group; None means ``DEFAULT_GROUP_NBYTES`` of the parameter's dtype.
     """
     plans: list[GroupPlan] = []
-    current: dict[tuple[torch.dtype, torch.dtype, bool, torch.device], GroupPlan] = {}
+    current: dict[tuple[object, ...], GroupPlan] = {}
     for name, param in named:
         dtype = param.dtype if dtype_of is None else dtype_of[param]
-        kind = (param.dtype, dtype, param.requires_grad, param.device)
+        kind = (param.dtype, dtype, param.requires_grad, param in held, param.device)
         bound = max_numel or DEFAULT_GROUP_NBYTES // param.element_size()
         plan = current.get(kind)
         if plan is None or (plan.numel and plan.numel + param.numel() > bound):

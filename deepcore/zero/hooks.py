@@ -24,6 +24,9 @@ class GradientHooks:
     Groups become ready strictly in one order, descending numbers unless ``set_order`` says otherwise, so that every
     rank sees the same whatever branches it took. Groups that backward leaves incomplete are announced by ``close``.
 
+    A gradient is expected of the parameters that require one when a backward begins, so that freezing and unfreezing
+    are followed from one backward to the next.
+
     The first backward is watched, not hurried: a parameter whose gradient arrives twice in one backward (a
     shared weight under reentrant checkpointing) makes its group wait for ``close`` from then on.
     """
@@ -40,7 +43,7 @@ class GradientHooks:
         self._eager = eager
         self._watching = True
         self._waits_for_close = [False] * len(groups)
-        self._arrived: list[set[int]] = [set() for _ in groups]
+        self._missing: list[set[int]] = [set() for _ in groups]  # expected in this backward and not arrived
         self._order = list(reversed(range(len(groups))))
         self._place = {number: place for place, number in enumerate(self._order)}
         self._next = len(groups)  # place of the next group to announce
@@ -53,14 +56,17 @@ class GradientHooks:
         self._place = {number: place for place, number in enumerate(order)}
 
     def is_complete(self, number: int) -> bool:
-        """Whether every gradient of group ``number`` has arrived in this backward."""
-        return len(self._arrived[number]) == len(self._groups[number].params)
+        """Whether every gradient of group ``number`` that is expected has arrived in this backward."""
+        return not self._missing[number]
 
     def attach(self) -> None:
         """Install one hook per parameter."""
         for number, group in enumerate(self._groups):
             for index, param in enumerate(group.params):
+                trains = param.requires_grad
+                param.requires_grad = True  # torch hooks nothing else, and this one may be unfrozen later
                 self._handles.append(param.register_post_accumulate_grad_hook(self._make_hook(number, index)))
+                param.requires_grad = trains
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -70,8 +76,9 @@ class GradientHooks:
 
     def begin(self, reduce: bool) -> None:
         """Start counting a backward; groups are announced only if it is one that ends in a reduction."""
-        for arrived in self._arrived:
-            arrived.clear()
+        for missing, group in zip(self._missing, self._groups, strict=True):
+            missing.clear()
+            missing.update(index for index, param in enumerate(group.params) if param.requires_grad)
         self._next = 0
         self._hurry = reduce and self._eager and not self._watching
 
@@ -87,15 +94,14 @@ class GradientHooks:
         self._on_ready(number)
 
     def _make_hook(self, number: int, index: int) -> Callable[[torch.Tensor], None]:
-        arrived = self._arrived[number]
-        total = len(self._groups[number].params)
+        missing = self._missing[number]
 
         def hook(param: torch.Tensor) -> None:
-            if index in arrived:
+            if index not in missing:
                 self._arrived_again(number, index)
-            arrived.add(index)
-            if len(arrived) == total:
-                if self._hurry and number == self._order[self._next]:
+            missing.discard(index)
+            if not missing:
+                if self._hurry:
                     self._announce_complete()
                 self.on_complete(number)
 
@@ -172,7 +178,7 @@ def _watch_outputs(module: torch.nn.Module, output: Any, watcher: ModuleWatcher)
     units = watcher.units_of(module)
     outputs = _with_grad(output) if units else []
     for unit in units:
-        if not outputs and unit.is_trainable:
+        if not outputs and unit.is_trainable and any(param.requires_grad for param in module.parameters()):
             raise UsageError(
                 f"no output with a gradient is visible in what {type(module).__name__} returned",
                 got=f"{type(output).__name__}; the unit of '{unit.first_name}' has trainable weights",
