@@ -1,4 +1,4 @@
-"""Owns the allocation of large zeroed buffers.
+"""Owns the allocation of large zeroed buffers, and the way of small tables to a device without waiting for it.
 
 Knows nothing of what they hold.
 """
@@ -6,6 +6,7 @@ Knows nothing of what they hold.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -25,3 +26,9 @@ def lazy_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Te
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
+
+
+def on_device(values: Sequence[bool] | Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A 1-D tensor of host values. On a GPU it travels from pinned memory, and the host does not wait."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -12,6 +12,7 @@ import torch
 from deepcore.comm.mesh import Axis
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.memory import on_device
 from deepcore.sharding.reducer import GradReducer
 from deepcore.sharding.statistics import GradientStatistics, interpret, read_gradients
 from deepcore.zero.strategy import WindowGradient
@@ -68,7 +69,7 @@ class ShardWindow:
     def share_use(self) -> None:
         """Put this rank's use flags into ``arena.usage``; the ranks' sum is made with the statistics."""
         flags = [flag for group in self._used for flag in group]
-        self._arena.usage.copy_(torch.tensor(flags, dtype=torch.uint8))
+        self._arena.usage.copy_(on_device(flags, torch.uint8, self._arena.device))
 
     def clear(self) -> None:
         self._holds = [False] * len(self._holds)

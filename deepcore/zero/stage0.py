@@ -13,6 +13,7 @@ from deepcore.comm.mesh import Axis
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.gradients import GroupGradients
 from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.memory import on_device
 from deepcore.sharding.reducer import GradReducer
 from deepcore.sharding.statistics import GradientStatistics, interpret, read_gradients
 from deepcore.sharding.watch import WeightWatch
@@ -105,7 +106,7 @@ class Stage0(ZeroStrategy):
     def _complete(self) -> None:
         """Agree on which parameters were used by any rank, wait for the sums, and add those of extra passes."""
         live = [flag for gradients in self._current for flag in gradients.live]
-        used = torch.tensor(live, dtype=torch.uint8).to(self.arena.device)
+        used = on_device(live, torch.uint8, self.arena.device)
         agreement = self._axis.all_reduce(used, op="max")
         self._reducer.finish()
         agreement.wait()
