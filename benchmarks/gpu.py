@@ -32,7 +32,7 @@ OLDEST_TORCH = (2, 11)
 FAILED, UNUSABLE = 1, 2
 SANITIZED = {"TORCH_CUDA_SANITIZER": "1"}
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}  # worst ||a - b|| / ||b|| of a parameter after 5 steps
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 LAST_CHARACTERS = 3000  # of a failed task's output that go into the result
 
 Outcome = dict[str, Any]  # "ok" and whatever else the task found
