@@ -44,7 +44,7 @@ def train(stage: int, dtype: str, backend: str, steps: int = 5) -> dict[str, Any
         expected.append(reference.step(batches)[world.rank])
     engine.destroy()  # at stage 3 the module has its weights back from here on
     worst, name = worst_difference(engine.module, reference.model)
-    outcome = {
+    return {
         "worst": worst,
         "parameter": name,
         "losses": [loss.item() for loss in losses],
@@ -53,7 +53,6 @@ def train(stage: int, dtype: str, backend: str, steps: int = 5) -> dict[str, Any
         "backend": world.backend,
         "ranks": world.size,
     }
-    return outcome
 
 
 def config(stage: int, dtype: str) -> dict[str, Any]:
