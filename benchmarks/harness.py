@@ -79,6 +79,7 @@ class Result:
     """Samples of one case, in seconds, one list per contender, co-indexed by round.
 
     Attributes:
+        unit: "ms", or what else is compared; smaller is better.
         nbytes: bytes that the case must move at least, read and written; None where that says nothing.
         limit_nbytes: the bytes that the ``bandwidth`` contender moves.
         notes: what a reader must know: peers that were left out, and why.
@@ -91,6 +92,7 @@ class Result:
     nbytes: int | None = None
     limit_nbytes: int | None = None
     notes: list[str] = field(default_factory=list)
+    unit: str = "ms"  # of what the rows show; samples are a thousand times that
 
     def to_json(self) -> dict[str, object]:
         """One line of a results file."""
@@ -98,6 +100,7 @@ class Result:
             "subject": self.subject,
             "case": self.case,
             "params": self.params,
+            "unit": self.unit,
             "nbytes": self.nbytes,
             "contenders": {name: row.to_json() for name, row in self.rows().items()},
             "speedup": {name: round(ratio, 4) for name, ratio in self.speedups().items()},
@@ -234,7 +237,7 @@ def table(result: Result) -> str:
     speedups = result.speedups()
     for name, row in result.rows().items():
         cells = [
-            f"  {name:<26}{row.median_ms:>12.3f} ms",
+            f"  {name:<26}{row.median_ms:>12.3f} {result.unit}",
             f"{row.p10_ms:.3f} .. {row.p90_ms:.3f}".rjust(24),
             f"{row.gb_per_s:>8.1f} GB/s" if row.gb_per_s else " " * 13,
             f"{row.fraction_of_limit:>6.2f} of limit" if row.fraction_of_limit is not None else " " * 15,

@@ -61,6 +61,11 @@ def test_a_whole_step_runs_beside_its_peers() -> None:
     assert {name: len(times) for name, times in first.items()} == dict.fromkeys(arguments["names"], 2)
 
 
+def test_peak_memory_is_measured_above_a_base() -> None:
+    arguments = {"name": "deepcore/2", "dtype": "fp32", "quick": True}
+    assert run_ranks(2, "benchmarks.bench_memory:peak", arguments, timeout=120)[0] > 1
+
+
 def test_getting_ready_to_train_runs() -> None:
     assert run_ranks(1, "benchmarks.bench_initialize:prepare", {"name": OURS, "quick": True}, timeout=120)[0] > 0
 
@@ -70,4 +75,4 @@ def test_an_import_is_timed_in_a_process_of_its_own() -> None:
 
 
 def test_every_subject_is_covered_here() -> None:
-    assert set(subjects()) == {*CASES, "step", "initialize", "import"}
+    assert set(subjects()) == {*CASES, "step", "memory", "initialize", "import"}

@@ -1,0 +1,55 @@
+"""Owns the benchmark of memory: peak resident bytes of a rank above its base, at every stage and beside the peers.
+
+Knows nothing of where the bytes go. Each contender trains alone in fresh processes; the base is a process that has
+imported torch, joined its group and built nothing.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+
+from benchmarks import models
+from benchmarks.bench_step import DTYPES, PEERS, STAGES, STEPS
+from benchmarks.harness import OURS, Options, Result
+from benchmarks.ranks import run_ranks
+
+NUM_RANKS, NUM_STEPS = 2, 4
+
+
+def bench(options: Options) -> Iterator[Result]:
+    """Peak MB above the base on the first rank; smaller is better."""
+    for dtype in DTYPES:
+        names = [name for name in (*(f"{OURS}/{stage}" for stage in STAGES), *PEERS) if options.wants(name)]
+        if find_spec("deepspeed") is None:
+            names = [name for name in names if not name.startswith("deepspeed")]
+        samples: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(1 if options.quick else 3):
+            for name in names:
+                arguments = {"name": name, "dtype": dtype, "quick": options.quick}
+                peak = run_ranks(NUM_RANKS, "benchmarks.bench_memory:peak", arguments, timeout=300)[0]
+                samples[name].append(peak / 1e3)  # GB: rows show thousandths
+        params = {"dtype": dtype, "ranks": NUM_RANKS, "threads": 1, "device": "cpu"}
+        yield Result("memory", "tiny" if options.quick else "11M GPT", samples, params, unit="MB")
+
+
+def peak(name: str, dtype: str, quick: bool) -> float:
+    """On every rank: train a few steps and return the MB by which the peak exceeds the base."""
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    base = _peak_mb()
+    step, close = STEPS[name]((models.tiny_gpt if quick else models.gpt_11m)(), DTYPES[dtype])
+    for _ in range(NUM_STEPS):
+        step()
+    reached = _peak_mb()
+    close()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return reached - base
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
