@@ -27,7 +27,7 @@ def bench(options: Options) -> Iterator[Result]:
         if find_spec("deepspeed") is None:
             names = [name for name in names if not name.startswith("deepspeed")]
         samples: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(1 if options.quick else 3):
+        for _ in range(1 if options.quick else min(3, options.rounds)):
             for name in names:
                 arguments = {"name": name, "dtype": dtype, "quick": options.quick}
                 peak = run_ranks(NUM_RANKS, "benchmarks.bench_memory:peak", arguments, timeout=300)[0]

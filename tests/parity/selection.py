@@ -5,16 +5,18 @@ The other half is marked nightly; ``make parity`` runs all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 
-def in_turns(cases: Iterable[Any]) -> Iterator[Any]:
+def in_turns(cases: Iterable[Any]) -> list[Any]:
     """Parameters (case, hostile): of the two of each case, one is nightly, alternately the one and the other."""
+    rows = []
     for number, case in enumerate(cases):
         for hostile in (False, True):
             every_time = hostile is (number % 2 == 1)
             name = f"{case}{' hostile' if hostile else ''}"
-            yield pytest.param(case, hostile, id=name, marks=() if every_time else pytest.mark.nightly)
+            rows.append(pytest.param(case, hostile, id=name, marks=() if every_time else pytest.mark.nightly))
+    return rows
