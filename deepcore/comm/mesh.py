@@ -189,6 +189,10 @@ class Mesh:
 
     def destroy(self) -> None:
         """Destroy the groups that ``build`` made, in the same order on every rank; the world stays."""
+        for axis in {id(a): a for a in (self.pp, self.dp, self.sp, self.tp, self.zero_axis, self.world)}.values():
+            # Let go of the groups: as long as one is referred to, its threads live on.
+            object.__setattr__(axis, "group", None)
+            object.__setattr__(axis, "reduce_group", None)
         while self._made:
             group = self._made.pop()
             if dist.is_initialized():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -51,10 +52,11 @@ class _State:
     """What is true of this process; one instance, since torch.distributed has one default group."""
 
     world: World | None = None
-    group: dist.ProcessGroup | None = None
+    group: weakref.ref[dist.ProcessGroup] | None = None  # weak: the user's destroy must end its threads
     control: dist.ProcessGroup | None = None
     timeout: timedelta = DEFAULT_TIMEOUT
     leaves_at_exit: bool = False
+    had_peers: bool = False
 
 
 _state = _State()
@@ -118,7 +120,7 @@ def init_distributed(
 
 def current_world() -> World | None:
     """The world this process is in through deepcore; None before ``init_distributed`` and after ``destroy``."""
-    if _state.group is not None and not (dist.is_initialized() and dist.group.WORLD is _state.group):
+    if _state.group is not None and not (dist.is_initialized() and dist.group.WORLD is _state.group()):
         _forget()  # torch's default group was destroyed, or replaced, by the user
     return _state.world
 
@@ -142,7 +144,7 @@ def destroy() -> None:
         return
     if world.owned:
         dist.destroy_process_group()
-    elif _state.control is not None and _state.control is not _state.group:
+    elif _state.control is not None and _state.control is not dist.group.WORLD:
         dist.destroy_process_group(_state.control)
     _forget()
 
@@ -152,8 +154,12 @@ def _forget() -> None:
 
 
 def _keep(world: World) -> World:
-    _state.world, _state.group = world, dist.group.WORLD
-    if world.owned and not _state.leaves_at_exit:
+    whole = dist.group.WORLD
+    assert whole is not None
+    _state.world, _state.group = world, weakref.ref(whole)
+    if world.size > 1:
+        _state.had_peers = True
+    if (world.owned or world.size > 1) and not _state.leaves_at_exit:
         atexit.register(_leave_at_exit)
         _state.leaves_at_exit = True
     return world
@@ -162,9 +168,8 @@ def _keep(world: World) -> World:
 def _leave_at_exit() -> None:
     # After an uncaught exception the other ranks are in some collective: leaving politely could wait for them.
     if getattr(sys, "last_value", None) is None:
-        several = _state.world is not None and _state.world.size > 1
         destroy()
-        if several:
+        if _state.had_peers:
             # Gloo's threads may be about to drop the last reference to a tensor, for which they need the interpreter;
             # once it shuts down that would abort the process.
             time.sleep(_SETTLE)
