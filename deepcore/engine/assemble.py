@@ -18,7 +18,7 @@ from deepcore.engine.closure import ClosureEvaluator
 from deepcore.engine.core import StepSettings, TrainCore
 from deepcore.engine.engine import Engine
 from deepcore.engine.grouping import Grouper, Grouping
-from deepcore.engine.placement import cast_rest, share_weights
+from deepcore.engine.placement import cast_rest, require_same_model, require_stage, restore_rest, share_weights
 from deepcore.engine.regime import policy_from, scaler_from
 from deepcore.engine.trainability import LateThaws, note_room_for_frozen
 from deepcore.optim.client import ClientOptimizer
@@ -31,7 +31,7 @@ from deepcore.zero.stage3 import Stage3
 from deepcore.zero.stages import REPLICATED
 from deepcore.zero.strategy import ZeroStrategy
 from deepcore.zero.updates import place_updates
-from deepcore.zero.wiring import TrafficSettings, build_traffic, keep_shard
+from deepcore.zero.wiring import TrafficSettings, build_traffic
 
 
 def build_engine(
@@ -47,10 +47,13 @@ def build_engine(
     optimizer, base = make_optimizer(client, settings.optimizer, wanted, names)
     axis = mesh.zero_axis
     chosen = _chosen(model, optimizer)
+    require_stage(model, settings.zero_optimization.stage)
+    require_same_model(model, axis, world.device)
     grouping = Grouper(model, policy, axis, settings).group(chosen)
     if world.rank == 0:
         note_room_for_frozen(grouping.held)
-    share_weights(model, grouping.everything, axis, world.device)
+    restore_rest(model)
+    share_weights(model, grouping.everything, axis)
     cast_rest(model, grouping.everything, policy)
     if policy.param is not None:
         keep_in_fp32(policy.fp32_islands(model), policy.param)
@@ -106,8 +109,6 @@ def _make_strategy(model: torch.nn.Module, grouping: Grouping, axis: Axis, setti
     overlap = zero.overlap_comm is not False
     if zero.stage < 3:
         return REPLICATED[zero.stage](grouping.held, axis, overlap=overlap, deterministic=settings.deterministic)
-    for group in grouping.frozen:
-        keep_shard(group, axis.rank)
     kept = TrafficSettings(zero.stage3_prefetch_bucket_size, zero.stage3_uniform_control_flow, _keep_numel(settings))
     traffic = build_traffic(model, grouping.plans, grouping.units, axis, kept)
     return Stage3(grouping.held, axis, overlap=overlap, traffic=traffic)

@@ -13,6 +13,7 @@ import torch
 from deepcore.comm.mesh import Axis
 from deepcore.config import Settings
 from deepcore.precision.policy import PrecisionPolicy
+from deepcore.sharding import scattered
 from deepcore.sharding.group import SUPPORTED_DTYPES, FlatGroup, GroupDtypes
 from deepcore.sharding.layout import is_dense
 from deepcore.sharding.module_units import NamedParam, UnitPlan, plan_units, split_persistent
@@ -108,6 +109,7 @@ class Grouper:
     def _sharded(self, plan: GroupPlan) -> ShardedGroup:
         group = ShardedGroup(plan, self._axis.size, self._dtypes_of(plan))
         group.adopt()
+        group.settle(self._axis)  # before the next one: no rank holds the whole model at a time
         return group
 
     def _dtypes_of(self, plan: GroupPlan) -> GroupDtypes:
@@ -118,4 +120,4 @@ class Grouper:
 def _is_plain(param: torch.nn.Parameter) -> bool:
     """Whether a flat group can take it."""
     plain = type(param.data) is torch.Tensor and param.layout is torch.strided and param.dtype in SUPPORTED_DTYPES
-    return plain and is_dense(param.shape, param.stride())
+    return plain and is_dense(scattered.shape_of(param), scattered.stride_of(param))

@@ -11,17 +11,37 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from deepcore.comm.mesh import Axis
-from deepcore.errors import CommError
+from deepcore.errors import CommError, ConfigError
 from deepcore.precision.policy import PrecisionPolicy
+from deepcore.sharding import scattered
 from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.sharded_group import ShardedGroup
 
 
-def share_weights(module: torch.nn.Module, groups: Sequence[FlatGroup], axis: Axis, device: torch.device) -> None:
-    """Give every rank of ``axis`` the first one's parameters and buffers."""
+def require_stage(module: torch.nn.Module, stage: int) -> None:
+    """Raise where a model that was built under ``zero.Init`` is to be held whole."""
+    name = next((name for name, param in module.named_parameters() if scattered.find(param) is not None), None)
+    if name is not None and stage < 3:
+        raise ConfigError(
+            f"a model built under zero.Init needs ZeRO stage 3, and parameter '{name}' is in parts",
+            got=f"stage {stage}",
+            expected='"zero_optimization": {"stage": 3}',
+            do="set stage 3, or build the model outside of deepcore.zero.Init (or with enabled=False)",
+        )
+
+
+def restore_rest(module: torch.nn.Module) -> None:
+    """Make whole what ``zero.Init`` scattered and no group has taken: it is the same on every rank."""
+    for param in module.parameters():
+        if scattered.find(param) is not None:
+            scattered.restore(param)
+
+
+def share_weights(module: torch.nn.Module, groups: Sequence[FlatGroup], axis: Axis) -> None:
+    """Give every rank of ``axis`` the first one's parameters and buffers; sharded groups have shared theirs."""
     if axis.size == 1:
         return
-    require_same_model(module, axis, device)
-    works = [axis.broadcast(group.full) for group in groups]
+    works = [axis.broadcast(group.full) for group in groups if not isinstance(group, ShardedGroup)]
     grouped = {param for group in groups for param in group.params}
     rest = [param.data for param in module.parameters() if param not in grouped]
     for tensors in _by_dtype([*rest, *module.buffers()]):
@@ -55,8 +75,10 @@ def cast_rest(module: torch.nn.Module, groups: Sequence[FlatGroup], policy: Prec
 
 def require_same_model(module: torch.nn.Module, axis: Axis, device: torch.device) -> None:
     """Raise on every rank if names, shapes, dtypes or trainability differ between ranks."""
+    if axis.size == 1:
+        return
     lines = [
-        f"{name} {tuple(tensor.shape)} {tensor.dtype} {'trainable' if tensor.requires_grad else 'fixed'}"
+        f"{name} {scattered.shape_of(tensor)} {tensor.dtype} {'trainable' if tensor.requires_grad else 'fixed'}"
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     ]
     text = "\n".join(lines).encode()

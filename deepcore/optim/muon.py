@@ -16,6 +16,7 @@ from deepcore.optim.orthogonal import METHODS, orthogonalize
 from deepcore.optim.ranges import out_of_range, require_at_least_zero, require_betas, require_fraction
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 from deepcore.sharding.placement import UpdateRule
+from deepcore.sharding.scattered import shape_of
 from deepcore.sharding.segments import SegmentBatch
 from deepcore.sharding.update_arena import Form
 
@@ -111,10 +112,10 @@ class Muon(SegmentOptimizer):
         if not (isinstance(group["ns_steps"], int) and 0 <= group["ns_steps"] < 100):
             raise out_of_range("ns_steps", group["ns_steps"], "an integer from 0 to 99")
         for param in group["params"]:
-            if param.ndim < 2:
+            if len(shape_of(param)) < 2:
                 raise ConfigError(
                     "Muon updates matrices",
-                    got=f"a parameter of shape {tuple(param.shape)} in a param_group with use_muon",
+                    got=f"a parameter of shape {shape_of(param)} in a param_group with use_muon",
                     expected="two or more dimensions",
                     do="move it to a param_group with use_muon=False",
                 )
@@ -213,7 +214,7 @@ def _is_matrix(item: Any) -> bool:
     chosen = getattr(param, "use_muon", None)
     if chosen is not None:
         return bool(chosen)
-    return param.ndim >= 2 and not any(part in name for part in NOT_FOR_MUON)
+    return len(shape_of(param)) >= 2 and not any(part in name for part in NOT_FOR_MUON)
 
 
 def _first(*values: float | None) -> float:

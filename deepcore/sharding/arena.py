@@ -43,14 +43,9 @@ class ShardArena(UpdateArena):
             end - begin == group.layout.numel for group, (begin, end) in zip(self.groups, self.ranges, strict=True)
         )
         for group, (begin, end) in zip(self.groups, self.ranges, strict=True):
-            master_dtype = group.dtypes.master
-            source = group.cast()[begin:end]
-            weights = group.weights_of(begin, end)
-            owned = master_dtype != group.key.dtype
-            whole = end - begin == group.layout.numel
-            # A slice of the old buffer would keep all of it alive.
-            self.masters.append(source.to(master_dtype, copy=not whole) if owned else weights)
-            self.copies.append(weights if owned else None)
+            weights, master = group.claim(begin, end)
+            self.masters.append(weights if master is None else master)
+            self.copies.append(None if master is None else weights)
             self.grads.append(lazy_zeros(weights.numel(), group.dtypes.accumulate, weights.device))
         self.names = [name for group in self.groups for name in group.names]
         self.forms = {

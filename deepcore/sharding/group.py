@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from deepcore.errors import LayoutError
+from deepcore.sharding import scattered
 from deepcore.sharding.layout import ShardLayout, is_dense
 from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.units import GroupKey, GroupPlan
@@ -52,8 +53,9 @@ class FlatGroup:
         self.params = [param for _, param in plan.params]
         for name, param in plan.params:
             _require_supported(name, param)
-        self.strides = [param.stride() for param in self.params]
-        self.layout = ShardLayout.pack(((name, tuple(param.shape)) for name, param in plan.params), num_shards)
+        self.strides = [scattered.stride_of(param) for param in self.params]
+        shapes = ((name, scattered.shape_of(param)) for name, param in plan.params)
+        self.layout = ShardLayout.pack(shapes, num_shards)
         self.starts = torch.tensor([slot.start for slot in self.layout.slots], dtype=torch.int64)
         self.full = self._allocate(self.params[0].dtype)
 
@@ -62,7 +64,11 @@ class FlatGroup:
 
     def adopt(self) -> None:
         """Move the parameters' values into ``full`` and make each parameter a view of it, strides kept."""
-        torch.ops.deepcore.flatten_(self.full, [param.data for param in self.params], self.starts)
+        whole = [index for index, param in enumerate(self.params) if scattered.find(param) is None]
+        torch.ops.deepcore.flatten_(self.full, [self.params[index].data for index in whole], self.starts[whole])
+        for param, slot in zip(self.params, self.layout.slots, strict=True):
+            if scattered.find(param) is not None:  # one at a time: what is whole of them is in ``full``
+                self.full[slot.start : slot.end].copy_(scattered.take_over(param))
         self._point_at(self.full)
 
     def cast(self) -> torch.Tensor:
@@ -73,9 +79,16 @@ class FlatGroup:
             self._point_at(self.full)
         return source
 
-    def weights_of(self, begin: int, end: int) -> torch.Tensor:
-        """The elements [begin, end) of the weights, as the tensor in which updates are to land."""
-        return self.full[begin:end]
+    def claim(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The elements [begin, end) of the weights and their masters, the tensors in which updates are to land.
+
+        None for masters: the weights have master precision themselves.
+        """
+        source = self.cast()[begin:end]
+        if self.dtypes.master == self.key.dtype:
+            return self.full[begin:end], None
+        # A slice of the old buffer would keep all of it alive.
+        return self.full[begin:end], source.to(self.dtypes.master, copy=end - begin < self.layout.numel)
 
     def put(self, index: int, values: torch.Tensor) -> None:
         """Write a parameter's weights, wherever they are: ``values`` is 1-D, the whole of it in memory order."""
@@ -110,7 +123,7 @@ def _require_supported(name: str, param: torch.nn.Parameter) -> None:
             expected=", ".join(str(dtype) for dtype in SUPPORTED_DTYPES),
             do="cast it (model.float()) or freeze it (requires_grad_(False)) before initialize()",
         )
-    if not is_dense(param.shape, param.stride()):
+    if not is_dense(scattered.shape_of(param), scattered.stride_of(param)):
         raise LayoutError(
             f"parameter '{name}' is a view with gaps or overlaps in memory",
             got=f"shape {tuple(param.shape)}, strides {tuple(param.stride())}",

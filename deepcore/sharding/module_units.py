@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from deepcore.sharding.scattered import numel_of
+
 SPLIT_NUMEL = 2**28  # elements: a block above this is split into its children
 MERGE_NUMEL = 2**20  # elements: neighbours below this together share a unit
 
@@ -33,7 +35,7 @@ class UnitPlan:
 
     @property
     def numel(self) -> int:
-        return sum(param.numel() for _, param in self.params)
+        return sum(numel_of(param) for _, param in self.params)
 
 
 def split_persistent(
@@ -42,9 +44,10 @@ def split_persistent(
     """(persistent, sharded): parameters of at most ``threshold`` elements stay, up to ``model_threshold`` in all."""
     persistent, sharded, total = [], [], 0
     for name, param in params:
-        if param.numel() <= threshold and total + param.numel() <= model_threshold:
+        numel = numel_of(param)
+        if numel <= threshold and total + numel <= model_threshold:
             persistent.append((name, param))
-            total += param.numel()
+            total += numel
         else:
             sharded.append((name, param))
     return persistent, sharded
@@ -73,7 +76,7 @@ class _Planner:
         self._split, self._merge = split, merge
 
     def visit(self, module: nn.Module, is_block: bool) -> Iterator[UnitPlan]:
-        numel = sum(param.numel() for param in module.parameters() if param in self._left)
+        numel = sum(numel_of(param) for param in module.parameters() if param in self._left)
         leaf = not any(True for _ in module.children())
         called = not isinstance(module, _NOT_CALLED)
         if called and numel and (leaf or (is_block and numel <= self._split)):

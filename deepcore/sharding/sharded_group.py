@@ -32,7 +32,7 @@ class ShardedGroup(FlatGroup):
 
     Attributes:
         residency: the state.
-        shard: 1-D, ``layout.shard_numel`` elements of ``key.dtype``: what is gathered. Set by ``keep_shard``.
+        shard: 1-D, ``layout.shard_numel`` elements of ``key.dtype``: what is gathered. Made by ``settle``.
     """
 
     def __init__(self, plan: GroupPlan, num_shards: int, dtypes: GroupDtypes | None = None) -> None:
@@ -40,6 +40,7 @@ class ShardedGroup(FlatGroup):
         self.residency = Residency.FULL
         self.shard = torch.empty(0)
         self._begin = 0
+        self._master: torch.Tensor | None = None  # until an arena claims it
         self._work: Work | None = None
         self._views: list[torch.Tensor] = []
         self._versions: list[int] = []
@@ -47,11 +48,19 @@ class ShardedGroup(FlatGroup):
     def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(self.layout.numel, dtype=dtype, device=self.key.device)  # a storage that can be resized
 
-    def weights_of(self, begin: int, end: int) -> torch.Tensor:
-        self.shard = self.full[begin:end].clone()
-        self._begin = begin
+    def settle(self, axis: Axis) -> None:
+        """FULL to SHARDED for the first time: all ranks take the first one's weights, and keep their shard of them."""
+        axis.broadcast(self.full).wait()
+        self._begin, end = self.layout.shard_range(axis.rank)
+        weights, self._master = super().claim(self._begin, end)
+        self.shard = weights.clone()
         self._views = self.views(self.full)
-        return self.shard
+        self.reshard()
+
+    def claim(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert (begin, end - begin) == (self._begin, self.shard.numel()), "what was kept when the group was settled"
+        master, self._master = self._master, None
+        return self.shard, master
 
     def launch_unshard(self, axis: Axis) -> None:
         """SHARDED to GATHERING: begin to fill the full storage from all ranks' shards."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from deepcore.sharding.scattered import numel_of
+
 DEFAULT_GROUP_NBYTES = 25 * 2**20  # bytes of parameters per group where the config sets no bucket size
 
 
@@ -63,10 +65,11 @@ def plan_groups(
         kind = (param.dtype, dtype, param.requires_grad, param in held, param.device)
         bound = max_numel or DEFAULT_GROUP_NBYTES // param.element_size()
         plan = current.get(kind)
-        if plan is None or (plan.numel and plan.numel + param.numel() > bound):
+        numel = numel_of(param)
+        if plan is None or (plan.numel and plan.numel + numel > bound):
             plan = GroupPlan(GroupKey(first_unit + len(plans), dtype, param.requires_grad, axis, param.device))
             plans.append(plan)
             current[kind] = plan
         plan.params.append((name, param))
-        plan.numel += param.numel()
+        plan.numel += numel
     return plans

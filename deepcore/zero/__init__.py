@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deepcore.zero.gather import GatheredParameters as GatheredParameters
     from deepcore.zero.gather import register_external_parameter as register_external_parameter
     from deepcore.zero.gather import unregister_external_parameter as unregister_external_parameter
+    from deepcore.zero.init import Init as Init
     from deepcore.zero.state_access import safe_get_full_optimizer_state as safe_get_full_optimizer_state
     from deepcore.zero.state_access import safe_get_local_optimizer_state as safe_get_local_optimizer_state
     from deepcore.zero.state_access import safe_set_full_optimizer_state as safe_set_full_optimizer_state
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "GatheredParameters": "gather",
+    "Init": "init",
     "register_external_parameter": "gather",
     "unregister_external_parameter": "gather",
     "safe_update_full_grad_vectorized": "access",

@@ -14,6 +14,8 @@ import torch
 
 from deepcore.comm.mesh import Axis
 from deepcore.errors import UsageError
+from deepcore.sharding import scattered
+from deepcore.sharding.scattered import Scattered
 from deepcore.sharding.sharded_group import ShardedGroup
 from deepcore.sharding.watch import take_back
 from deepcore.zero import holdings
@@ -55,12 +57,21 @@ class GatheredParameters:
         self._modifier = modifier_rank
         self._stack = ExitStack()
         self._held: list[Held] = []
+        self._loose: list[_Loose] = []
         self._traces: list[tuple[int, int]] = []
         if fwd_module is not None:
             for param in self._params:
                 register_external_parameter(fwd_module, param)
 
     def __enter__(self) -> None:
+        with torch._C.DisableTorchFunction():  # a model may be under construction in zero.Init
+            self._open()
+
+    def _open(self) -> None:
+        self._loose = [_Loose(param, entry) for param in self._params if (entry := scattered.find(param)) is not None]
+        if self._modifier is not None:
+            for loose in self._loose:
+                _require_rank(loose.entry.axis, self._modifier)
         found = [holdings.find(param) for param in self._params]
         self._held = [held for held in found if held is not None]
         for held in self._held:
@@ -74,18 +85,25 @@ class GatheredParameters:
                 owner.open.update(held.name for held in mine)
                 stack.callback(owner.open.difference_update, [held.name for held in mine])
             self._stack = stack.pop_all()
+        for loose in self._loose:
+            loose.open()
         self._traces = [_trace(held.param) for held in self._held]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._stack:
-            if kind is None:
-                with torch.no_grad():
+        with self._stack, torch._C.DisableTorchFunction(), torch.no_grad():
+            try:
+                if kind is None:
                     self._keep() if self._modifier is not None else self._require_unchanged()
+            finally:
+                for loose in self._loose:
+                    loose.close()
 
     def _keep(self) -> None:
         assert self._modifier is not None
+        for loose in self._loose:
+            loose.keep(self._modifier)
         for held in self._held:
             axis = held.holdings.axis
             source = axis.ranks.index(self._modifier)
@@ -100,13 +118,44 @@ class GatheredParameters:
             keep_weights(held, weights)
 
     def _require_unchanged(self) -> None:
+        for loose in self._loose:
+            if loose.is_changed:
+                raise _changed(f"a parameter of shape {loose.entry.shape}")
         for held, before in zip(self._held, self._traces, strict=True):
             if _trace(held.param) != before:
-                raise _changed(held.name)
+                raise _changed(f"parameter '{held.name}'")
         for group in dict.fromkeys(held.group for held in self._held):
             name = group.first_written() if isinstance(group, ShardedGroup) else None
             if name is not None:
-                raise _changed(name)
+                raise _changed(f"parameter '{name}'")
+
+
+class _Loose:
+    """A parameter that ``zero.Init`` scattered and no engine has taken yet."""
+
+    def __init__(self, param: torch.nn.Parameter, entry: Scattered) -> None:
+        self.param, self.entry = param, entry
+        self._was_whole = entry.is_whole
+
+    def open(self) -> None:
+        if not self.entry.is_whole:
+            self.entry.gather(self.param)
+        self.entry.pins += 1
+        self._before = _trace(self.param)
+
+    @property
+    def is_changed(self) -> bool:
+        return _trace(self.param) != self._before and not self._was_whole
+
+    def keep(self, rank: int) -> None:
+        self.entry.scatter(self.param, self.entry.axis.ranks.index(rank))
+        if self._was_whole:
+            self.entry.gather(self.param)
+
+    def close(self) -> None:
+        self.entry.pins -= 1
+        if self.entry.is_whole and not self._was_whole and not self.entry.pins:
+            self.entry.drop(self.param)
 
 
 def register_external_parameter(module: torch.nn.Module, parameter: torch.nn.Parameter) -> None:
@@ -212,9 +261,9 @@ def _require_rank(axis: Axis, rank: int) -> None:
         )
 
 
-def _changed(name: str) -> UsageError:
+def _changed(what: str) -> UsageError:
     return UsageError(
-        f"parameter '{name}' was changed inside GatheredParameters",
+        f"{what} was changed inside GatheredParameters",
         got="a change on this rank, and no modifier_rank",
         expected="reading only",
         do="name the rank whose change counts: GatheredParameters(params, modifier_rank=0)",

@@ -10,6 +10,10 @@ from typing import Any, Protocol
 
 import torch
 from torch.autograd.graph import register_multi_grad_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -207,3 +211,22 @@ def _cast_inputs(dtype: torch.dtype) -> Callable[[torch.nn.Module, Any, Any], An
         return cast_floats(args, dtype), cast_floats(kwargs, dtype)
 
     return hook
+
+
+def watch_construction(
+    on_param: Callable[[torch.nn.Module, torch.nn.Parameter], None], on_module: Callable[[torch.nn.Module], None]
+) -> list[RemovableHandle]:
+    """Tell of every parameter and every submodule that any module takes in, until the handles are removed."""
+
+    def param_hook(module: torch.nn.Module, _name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None:
+            on_param(module, param)
+
+    def module_hook(_module: torch.nn.Module, _name: str, child: torch.nn.Module | None) -> None:
+        if child is not None:
+            on_module(child)
+
+    return [
+        register_module_parameter_registration_hook(param_hook),
+        register_module_module_registration_hook(module_hook),
+    ]

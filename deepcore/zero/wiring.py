@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from deepcore.comm.mesh import Axis
-from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.module_units import UnitPlan
 from deepcore.zero.holdings import externals
 from deepcore.zero.traffic import UnitTraffic
@@ -86,9 +85,3 @@ def _trailing(units: Sequence[Unit], keep_numel: int | None) -> int:
             break
         kept += 1
     return kept
-
-
-def keep_shard(group: FlatGroup, rank: int) -> None:
-    """Let a group that no arena holds keep this rank's shard of its weights."""
-    group.cast()
-    group.weights_of(*group.layout.shard_range(rank))
