@@ -64,7 +64,7 @@ def test_quantiles_are_linear_between_neighbours() -> None:
 def test_a_result_line_says_everything() -> None:
     line = json.loads(json.dumps(result(notes=["deepspeed is not installed"]).to_json()))
     assert set(line) == {
-        *("subject", "case", "params", "nbytes", "contenders", "speedup", "notes", "ops", "load", "machine"),
+        *("subject", "case", "params", "nbytes", "unit", "contenders", "speedup", "notes", "ops", "load", "machine"),
     }
     assert line["contenders"][OURS] == {
         "median_ms": 2000.0,
