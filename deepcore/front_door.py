@@ -13,6 +13,7 @@ import torch
 from deepcore import ops
 from deepcore.comm.setup import init_distributed
 from deepcore.config import Settings, load, parse
+from deepcore.config.mesh_param import with_mesh
 from deepcore.engine.assemble import build_engine
 from deepcore.engine.data import build_dataloader
 from deepcore.engine.engine import Engine
@@ -49,7 +50,7 @@ def initialize(
         dist_init_required: None joins or forms a process group as needed; False requires one to exist.
         collate_fn: for the loader.
         config: a dict, a path to JSON or hjson, or base64 of either; never changed.
-        mesh_param: (data, sequence) parallel sizes; not supported yet.
+        mesh_param: (data, sequence) parallel sizes, as ``data_parallel_size`` and ``sequence_parallel_size`` say them.
         config_params: another name of ``config``.
 
     Returns:
@@ -63,8 +64,8 @@ def initialize(
     raw = load(config, config_params=config_params, args=args)
 
     world = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    settings = parse(raw, world_size=world.size)
-    _require_route(model, settings, mpu, mesh_param)
+    settings = parse(with_mesh(raw, mesh_param), world_size=world.size)
+    _require_route(model, settings, mpu)
     ops.load(world.device.type)
 
     engine, base_optimizer = build_engine(model, optimizer, model_parameters, world, settings)
@@ -93,13 +94,12 @@ def _require_model(model: torch.nn.Module | None) -> torch.nn.Module:
     )
 
 
-def _require_route(model: torch.nn.Module, settings: Settings, mpu: Any, mesh_param: Any) -> None:
+def _require_route(model: torch.nn.Module, settings: Settings, mpu: Any) -> None:
     """Choose the engine by model and config. Routes other than to ``Engine`` are refused by name for now."""
     pipeline = any(kind.__name__ == "PipelineModule" for kind in type(model).__mro__)
     routes = {
         "a PipelineModule (PipelineEngine)": pipeline,
         "hybrid_engine.enabled (HybridEngine)": settings.hybrid_engine.enabled,
-        "mesh_param (a device mesh for sequence parallelism)": mesh_param is not None,
         "mpu (ranks laid out by another library)": mpu is not None,
     }
     for route, asked in routes.items():
@@ -107,7 +107,7 @@ def _require_route(model: torch.nn.Module, settings: Settings, mpu: Any, mesh_pa
             raise ConfigError(
                 "this route of initialize() is not built yet",
                 got=route,
-                expected="data parallelism with Engine",
+                expected="data and sequence parallelism with Engine",
                 do="remove it; the changelog will name the version that brings it",
             )
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepcore.comm import collectives
+from deepcore.comm import collectives, solo
 from deepcore.comm.collectives import Pending, Transport, Work
 from deepcore.comm.setup import World
 from deepcore.errors import CommError
@@ -164,6 +164,7 @@ class Mesh:
     zero_axis: Axis
     world: Axis
     _made: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
+    _alone: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
 
     @classmethod
     def build(cls, world: World, pp: int = 1, sp: int = 1, tp: int = 1, *, separate_reductions: bool = False) -> Mesh:
@@ -178,10 +179,35 @@ class Mesh:
         builder = _Builder(world, collectives.make_transport(world))
         axes = {dim: builder.axis(dim, _lines(sizes, (dim,))) for dim in _DIMS}
         zero = builder.axis("dp x sp", _lines(sizes, ("dp", "sp"))) if sizes["sp"] > 1 else axes["dp"]
+        if zero.size > 1 and zero.ranks == axes["sp"].ranks:
+            # Attention on sp and reductions on dp x sp are ordered each by itself: ranks may interleave them otherwise.
+            axes["sp"] = replace(axes["sp"], group=builder.another(axes["sp"], _lines(sizes, ("sp",))))
         if separate_reductions:
             zero = builder.with_reduce_group(zero, _lines(sizes, ("dp", "sp")))
         whole = builder.axis("world", [tuple(range(world.size))])
-        return cls(**axes, zero_axis=zero, world=whole, _made=builder.made)
+        pp_axis, dp_axis, sp_axis, tp_axis = (axes[dim] for dim in _DIMS)
+        return cls(pp_axis, dp_axis, sp_axis, tp_axis, zero_axis=zero, world=whole, _made=builder.made)
+
+    def group_of(self, axis: Axis) -> dist.ProcessGroup:
+        """A process group on the ranks of ``axis``, for torch's own collectives, also where that is this rank alone.
+
+        None would mean the world there.
+        """
+        if axis.group is not None:
+            return axis.group
+        whole = dist.group.WORLD
+        assert whole is not None
+        if self.world.size == 1:
+            return whole
+        if not self._alone:
+            solo.register()
+            # Others need not come: a group of this rank alone says nothing to anybody.
+            alone = dist.new_group(
+                [self.world.ranks[self.world.rank]], backend=solo.BACKEND, use_local_synchronization=True
+            )
+            self._alone.append(alone)
+            self._made.insert(0, alone)
+        return self._alone[0]
 
     @property
     def norm_axes(self) -> tuple[Axis, ...]:
@@ -193,6 +219,7 @@ class Mesh:
             # Let go of the groups: as long as one is referred to, its threads live on.
             object.__setattr__(axis, "group", None)
             object.__setattr__(axis, "reduce_group", None)
+        self._alone.clear()
         while self._made:
             group = self._made.pop()
             if dist.is_initialized():
@@ -217,9 +244,14 @@ class _Builder:
         """``axis`` with a second group on the same ranks."""
         if axis.size == 1:
             return axis
+        return replace(axis, reduce_group=self.another(axis, lines))
+
+    def another(self, axis: Axis, lines: list[tuple[int, ...]]) -> dist.ProcessGroup:
+        """A further group on the ranks of ``axis``, which is one of ``lines``."""
         groups = {line: dist.new_group(list(line)) for line in lines}
-        self.made.append(groups[axis.ranks])
-        return replace(axis, reduce_group=groups[axis.ranks])
+        mine: dist.ProcessGroup = groups[axis.ranks]
+        self.made.append(mine)
+        return mine
 
     def _group(self, lines: list[tuple[int, ...]], mine: tuple[int, ...]) -> dist.ProcessGroup:
         if len(mine) == self._world.size:

@@ -77,7 +77,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         unless="optimizer.params.torch_adam",
     ),
     Unbuilt("optimizer.params.fp32_optimizer_states", _off, _REMOVE),
-    Unbuilt("sequence_parallel_size", _above(1), "all ranks are data-parallel today"),
     Unbuilt("tensor_parallel.autotp_size", _above(1), "all ranks are data-parallel today"),
     Unbuilt("tensor_parallel.tp.tp_size", _above(1), "all ranks are data-parallel today"),
     Unbuilt("hybrid_engine.enabled", _on, "train and generate in separate engines"),

@@ -38,7 +38,7 @@ def build_engine(
     model: torch.nn.Module, client: Any, model_parameters: Iterable[Any] | None, world: World, settings: Settings
 ) -> tuple[Engine, torch.optim.Optimizer | None]:
     """The engine, and the base optimizer that a callable lr_scheduler receives."""
-    mesh = Mesh.build(world, separate_reductions=settings.zero_optimization.stage == 3)
+    mesh = _mesh(world, settings)
     model.to(world.device)
     policy = policy_from(settings)
     casts = ForwardCasts(policy.inputs, policy.autocast, world.device.type)
@@ -69,15 +69,24 @@ def build_engine(
         engine = Engine(model, strategy, None, clock, world, mesh, settings, casts)
         engine.take_charge(Holdings(strategy, axis, groups, None, None))
         return engine, None
-    replicas = 1 if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
     scaler = LossScaler(scaler_from(settings), world.device)
-    step = StepSettings(settings.gradient_clipping, replicas, _checks_finite(settings))
+    step = StepSettings(settings.gradient_clipping, _num_replicas(mesh, settings), _checks_finite(settings))
     core = TrainCore(strategy, optimizer, scaler, clock, step, LateThaws(model, grouping.held))
     engine = Engine(model, strategy, core, clock, world, mesh, settings, casts)
     _bind(optimizer, engine, core, axis, replicate=settings.zero_optimization.replicate_optimizer)
     strategy.attach()
     engine.take_charge(Holdings(strategy, axis, groups, optimizer, scaler))
     return engine, base
+
+
+def _mesh(world: World, settings: Settings) -> Mesh:
+    separate = settings.zero_optimization.stage == 3
+    return Mesh.build(world, sp=settings.sequence_parallel_size, separate_reductions=separate)
+
+
+def _num_replicas(mesh: Mesh, settings: Settings) -> int:
+    """What summed gradients are divided by: "sum" adds samples, which are cut over dp; parts of one still have a mean."""
+    return mesh.sp.size if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
 
 
 def _bind(optimizer: EngineOptimizer, engine: Engine, core: TrainCore, axis: Axis, *, replicate: bool) -> None:

@@ -65,6 +65,10 @@ class Readings(torch.nn.Module):
         return self.mesh.dp.size
 
     @property
+    def sp_world_size(self) -> int:
+        return self.mesh.sp.size
+
+    @property
     def mp_world_size(self) -> int:
         return self.mesh.tp.size
 
@@ -84,6 +88,30 @@ class Readings(torch.nn.Module):
     def skipped_steps(self) -> int:
         self._settle()
         return self.clock.skipped_steps
+
+    def get_data_parallel_group(self) -> Any:
+        """The process group of the ranks that train on other samples."""
+        return self.mesh.group_of(self.mesh.dp)
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's index among them; samples are chosen by it."""
+        return self.mesh.dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return self.mesh.dp.size
+
+    def get_sequence_parallel_group(self) -> Any:
+        """The process group of the ranks that hold the other parts of this rank's sequences."""
+        return self.mesh.group_of(self.mesh.sp)
+
+    def get_sequence_parallel_rank(self) -> int:
+        """Which part of a sequence this rank holds."""
+        return self.mesh.sp.rank
+
+    def get_sequence_parallel_world_size(self) -> int:
+        """The number of parts of a sequence."""
+        return self.mesh.sp.size
 
     def train_batch_size(self) -> int:
         """Samples per optimizer step over all ranks."""

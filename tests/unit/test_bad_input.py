@@ -109,8 +109,15 @@ def test_routes_that_are_not_built() -> None:
 
     assert "PipelineEngine" in refused(ConfigError, model=PipelineModule(2, 2))
     refused(ConfigError, config={**CONFIG, "hybrid_engine": {"enabled": True}})
-    assert "mesh" in refused(ConfigError, mesh_param=(1, 1))
     assert "mpu" in refused(ConfigError, mpu=object())
+
+
+def test_meshes_that_are_none() -> None:
+    for wrong in ((1,), (1, 0), (1, True), "1, 1", 2, (1, 1.0)):
+        assert "two positive integers" in refused(ConfigError, mesh_param=wrong)
+    assert "3 data-parallel x 1 sequence" in refused(ConfigError, mesh_param=(3, 1))
+    contradiction = refused(ConfigError, config={**CONFIG, "sequence_parallel_size": 2}, mesh_param=(1, 1))
+    assert "mesh_param contradicts sequence_parallel_size" in contradiction
 
 
 def test_a_dtype_that_is_not_trained() -> None:
