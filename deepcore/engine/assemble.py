@@ -5,7 +5,8 @@ Knows nothing of arguments and files, which ``front_door`` has resolved by then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,11 +35,46 @@ from deepcore.zero.updates import place_updates
 from deepcore.zero.wiring import TrafficSettings, build_traffic
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of, beyond its module and its mesh.
+
+    Attributes:
+        strategy, core, clock, casts: see their classes; ``core`` is None without an optimizer.
+        base: the optimizer that a callable lr_scheduler receives.
+        holdings: how the functions of ``deepcore.zero`` find it all.
+    """
+
+    strategy: ZeroStrategy
+    core: TrainCore | None
+    clock: Clock
+    casts: ForwardCasts
+    base: torch.optim.Optimizer | None
+    holdings: Holdings
+
+
 def build_engine(
     model: torch.nn.Module, client: Any, model_parameters: Iterable[Any] | None, world: World, settings: Settings
 ) -> tuple[Engine, torch.optim.Optimizer | None]:
     """The engine, and the base optimizer that a callable lr_scheduler receives."""
     mesh = _mesh(world, settings)
+    parts = build_parts(model, client, model_parameters, world, mesh, settings)
+    engine = Engine(model, parts.strategy, parts.core, parts.clock, world, mesh, settings, parts.casts)
+    bind_optimizer(parts, engine.full_step, replicate=settings.zero_optimization.replicate_optimizer)
+    parts.strategy.attach()
+    engine.take_charge(parts.holdings)
+    return engine, parts.base
+
+
+def build_parts(
+    model: torch.nn.Module,
+    client: Any,
+    model_parameters: Iterable[Any] | None,
+    world: World,
+    mesh: Mesh,
+    settings: Settings,
+) -> Parts:
+    """Place the model, group its parameters and make what trains them."""
     model.to(world.device)
     policy = policy_from(settings)
     casts = ForwardCasts(policy.inputs, policy.autocast, world.device.type)
@@ -65,18 +101,11 @@ def build_engine(
     strategy = _make_strategy(model, grouping, axis, settings)
     groups = [*strategy.arena.groups, *grouping.frozen]
     if optimizer is None:
-        strategy.attach()
-        engine = Engine(model, strategy, None, clock, world, mesh, settings, casts)
-        engine.take_charge(Holdings(strategy, axis, groups, None, None))
-        return engine, None
+        return Parts(strategy, None, clock, casts, None, Holdings(strategy, axis, groups, None, None))
     scaler = LossScaler(scaler_from(settings), world.device)
     step = StepSettings(settings.gradient_clipping, _num_replicas(mesh, settings), _checks_finite(settings))
     core = TrainCore(strategy, optimizer, scaler, clock, step, LateThaws(model, grouping.held))
-    engine = Engine(model, strategy, core, clock, world, mesh, settings, casts)
-    _bind(optimizer, engine, core, axis, replicate=settings.zero_optimization.replicate_optimizer)
-    strategy.attach()
-    engine.take_charge(Holdings(strategy, axis, groups, optimizer, scaler))
-    return engine, base
+    return Parts(strategy, core, clock, casts, base, Holdings(strategy, axis, groups, optimizer, scaler))
 
 
 def _mesh(world: World, settings: Settings) -> Mesh:
@@ -89,17 +118,19 @@ def _num_replicas(mesh: Mesh, settings: Settings) -> int:
     return mesh.sp.size if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
 
 
-def _bind(optimizer: EngineOptimizer, engine: Engine, core: TrainCore, axis: Axis, *, replicate: bool) -> None:
-    """Give the optimizer the memory that it updates, and make its step the engine's."""
-    strategy = core.strategy
+def bind_optimizer(parts: Parts, full_step: Callable[[], None], *, replicate: bool) -> None:
+    """Give the optimizer, if there is one, the memory that it updates, and make its step the engine's."""
+    if parts.core is None:
+        return
+    strategy, optimizer, axis = parts.strategy, parts.core.optimizer, parts.holdings.axis
     params = {
         name: param for group in strategy.arena.groups for name, param in zip(group.names, group.params, strict=True)
     }
     rules = optimizer.rules(params, strategy.arena.forms)
     arena, agree = place_updates(strategy, axis, rules, replicate=replicate)
-    optimizer.bind(arena, params, engine.full_step, agree)
+    optimizer.bind(arena, params, full_step, agree)
     if isinstance(optimizer, ClientOptimizer):
-        optimizer.evaluator = ClosureEvaluator(core, axis)
+        optimizer.evaluator = ClosureEvaluator(parts.core, axis)
 
 
 def _checks_finite(settings: Settings) -> bool:

@@ -83,14 +83,25 @@ class TrainCore:
 
     def backward(self, loss: torch.Tensor, *, divide: bool, retain_graph: bool) -> None:
         """Run autograd from ``loss`` (one element), and reduce at a boundary."""
-        self.require_alive()
         accumulation = self.clock.accumulation if divide else 1
         seed, rest = split_divisor(accumulation, self.settings.num_replicas, loss.dtype)
+        with self.backward_pass(rest, hold=self._hold):
+            torch.autograd.backward(loss, self.scaler.seed(loss, seed), retain_graph=retain_graph)
+
+    @contextmanager
+    def backward_pass(self, divisor: float, *, hold: bool) -> Iterator[None]:
+        """A with-block that leaves gradients in ``p.grad``; they are taken in, or reduced, at its end.
+
+        Args:
+            divisor: of the reduced sums: what the seed of the backward did not carry.
+            hold: only accumulate.
+        """
+        self.require_alive()
         done = False
         try:
-            self.strategy.set_divisor(rest)
-            self.strategy.begin_backward(boundary=self.clock.is_boundary(), hold=self._hold)
-            torch.autograd.backward(loss, self.scaler.seed(loss, seed), retain_graph=retain_graph)
+            self.strategy.set_divisor(divisor)
+            self.strategy.begin_backward(boundary=self.clock.is_boundary(), hold=hold)
+            yield
             self.strategy.finish_backward()
             done = True
         finally:
