@@ -21,6 +21,7 @@ from deepcore.engine.engine import Engine
 from deepcore.engine.grouping import Grouper, Grouping
 from deepcore.engine.placement import cast_rest, require_same_model, require_stage, restore_rest, share_weights
 from deepcore.engine.regime import policy_from, scaler_from
+from deepcore.engine.tokens import TokenCount
 from deepcore.engine.trainability import LateThaws, note_room_for_frozen
 from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
@@ -101,11 +102,11 @@ def build_parts(
     strategy = _make_strategy(model, grouping, axis, settings)
     groups = [*strategy.arena.groups, *grouping.frozen]
     if optimizer is None:
-        return Parts(strategy, None, clock, casts, None, Holdings(strategy, axis, groups, None, None))
+        return Parts(strategy, None, clock, casts, None, Holdings(strategy, axis, groups, None))
     scaler = LossScaler(scaler_from(settings), world.device)
     step = StepSettings(settings.gradient_clipping, _num_replicas(mesh, settings), _checks_finite(settings))
-    core = TrainCore(strategy, optimizer, scaler, clock, step, LateThaws(model, grouping.held))
-    return Parts(strategy, core, clock, casts, base, Holdings(strategy, axis, groups, optimizer, scaler))
+    core = TrainCore(strategy, optimizer, scaler, clock, step, LateThaws(model, grouping.held), TokenCount(axis))
+    return Parts(strategy, core, clock, casts, base, Holdings(strategy, axis, groups, optimizer, lambda: core.unscale))
 
 
 def _mesh(world: World, settings: Settings) -> Mesh:

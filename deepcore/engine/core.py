@@ -15,6 +15,7 @@ import torch
 
 from deepcore.engine.clock import Clock
 from deepcore.engine.report import StepReport
+from deepcore.engine.tokens import TokenCount
 from deepcore.engine.trainability import LateThaws
 from deepcore.errors import UsageError
 from deepcore.optim.clip import GradientVerdict, judge
@@ -53,8 +54,9 @@ class TrainCore:
         clock: Clock,
         settings: StepSettings,
         thaws: LateThaws,
+        tokens: TokenCount,
     ) -> None:
-        self._thaws = thaws
+        self._thaws, self._tokens = thaws, tokens
         self.strategy, self.optimizer, self.scaler = strategy, optimizer, scaler
         self.clock, self.settings = clock, settings
         self.last_report: StepReport | None = None
@@ -81,10 +83,24 @@ class TrainCore:
     def holds(self) -> bool:
         return self._hold
 
-    def backward(self, loss: torch.Tensor, *, divide: bool, retain_graph: bool) -> None:
-        """Run autograd from ``loss`` (one element), and reduce at a boundary."""
+    def backward(
+        self,
+        loss: torch.Tensor,
+        *,
+        divide: bool = True,
+        retain_graph: bool = False,
+        num_tokens: int | torch.Tensor | None = None,
+    ) -> None:
+        """Run autograd from ``loss`` (one element), and reduce at a boundary.
+
+        With ``num_tokens`` the loss is a sum over that many tokens, and the step divides by those of the whole window.
+        """
+        self.require_alive()
+        self._tokens.add(num_tokens)
         accumulation = self.clock.accumulation if divide else 1
-        seed, rest = split_divisor(accumulation, self.settings.num_replicas, loss.dtype)
+        seed, rest = 1.0, 1.0
+        if num_tokens is None:
+            seed, rest = split_divisor(accumulation, self.settings.num_replicas, loss.dtype)
         with self.backward_pass(rest, hold=self._hold):
             torch.autograd.backward(loss, self.scaler.seed(loss, seed), retain_graph=retain_graph)
 
@@ -103,14 +119,22 @@ class TrainCore:
             self.strategy.begin_backward(boundary=self.clock.is_boundary(), hold=hold)
             yield
             self.strategy.finish_backward()
+            if self.clock.is_boundary() and not hold:
+                self._tokens.agree()
             done = True
         finally:
             if not done:
                 self._abandon()
         self._backwards += 1
 
+    @property
+    def unscale(self) -> torch.Tensor | float:
+        """What turns reduced gradients into those of the user's loss: fp32 (1,), or 1.0."""
+        return self.scaler.inverse * self._tokens.inverse
+
     def _abandon(self) -> None:
         self._backwards = 0
+        self._tokens.clear()
         if not self.strategy.abandon():
             self._dead = "an error in backward left collectives half done on this rank"
 
@@ -136,10 +160,11 @@ class TrainCore:
     def judge_gradients(self) -> GradientVerdict:
         """Reduce what is unreduced and decide on clipping and skipping. Collective."""
         self.strategy.make_boundary()
+        self._tokens.agree()
         return judge(
             self.strategy.measure(),
             max_norm=self.settings.max_norm,
-            unscale=self.scaler.inverse,
+            unscale=self.unscale,
             check=self.settings.check_finite,
         )
 
@@ -153,6 +178,7 @@ class TrainCore:
     def clear(self) -> None:
         """Drop all gradients of the window."""
         self._backwards = 0
+        self._tokens.clear()
         self.strategy.clear()
 
     def kill(self, reason: str) -> None:

@@ -87,16 +87,27 @@ class Engine(Readings):
         with self._printer.measure("forward"), self._casts.region():
             return self.module(*self._casts.cast(inputs), **self._casts.cast(kwargs))
 
-    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
+    def backward(
+        self,
+        loss: torch.Tensor,
+        retain_graph: bool = False,
+        scale_wrt_gas: bool = True,
+        num_tokens: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute gradients of ``loss``, divided by the accumulation steps, and reduce them at a boundary.
 
+        With ``num_tokens`` the window is weighted by tokens instead: ``loss`` is the sum over the micro-batch, and
+        the step divides the summed gradient by the tokens of all micro-batches and ranks, whatever share each had.
+        In such a window ``p.grad`` at stage 0 is the sum; ``safe_get_full_grad`` is divided from the boundary on.
+
         Args:
-            loss: one element, the mean over this rank's micro-batch.
+            loss: one element, the mean over this rank's micro-batch, or the sum over its ``num_tokens``.
             retain_graph: keep the graph for a further backward.
             scale_wrt_gas: False leaves out the division by the accumulation steps.
+            num_tokens: tokens (or samples) that the loss sums over, 0 included; in every backward of a window or none.
 
         Returns:
-            The detached loss, divided the same way.
+            The detached loss, divided the same way, or by ``num_tokens``.
 
         Raises:
             UsageError: ``loss`` has no graph or more than one element, or the engine has no optimizer.
@@ -104,8 +115,12 @@ class Engine(Readings):
         core = self._require_core("backward")
         require_loss(loss)
         with self._printer.measure("backward"):
-            core.backward(loss, divide=scale_wrt_gas, retain_graph=retain_graph)
+            core.backward(loss, divide=scale_wrt_gas, retain_graph=retain_graph, num_tokens=num_tokens)
         self._backward_since_step, self._stepped_by_optimizer = True, False
+        if num_tokens is not None:
+            loss = loss.detach() / torch.as_tensor(num_tokens, device=loss.device).clamp_min(1)
+            self._printer.note_loss(loss)
+            return loss
         self._printer.note_loss(loss)
         return loss.detach() / (self.clock.accumulation if scale_wrt_gas else 1)
 

@@ -6,7 +6,7 @@ Knows nothing of collectives. An engine's entries end with ``release``; the tabl
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from deepcore.comm.mesh import Axis
 from deepcore.errors import UsageError
 from deepcore.optim.factory import EngineOptimizer
-from deepcore.precision.scaler import LossScaler
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.layout import Slot
 from deepcore.zero.strategy import ZeroStrategy
@@ -29,7 +28,8 @@ class Holdings:
         strategy: where weights and gradients are.
         axis: over which they are cut.
         groups: the arena's, in its order, then those that nothing updates.
-        optimizer, scaler: None in an engine that only evaluates.
+        optimizer: None in an engine that only evaluates.
+        unscale: what turns reduced gradients into those of the user's loss, at this moment.
         open: names of parameters that a ``GatheredParameters`` holds at the moment.
     """
 
@@ -37,7 +37,7 @@ class Holdings:
     axis: Axis
     groups: Sequence[FlatGroup]
     optimizer: EngineOptimizer | None
-    scaler: LossScaler | None
+    unscale: Callable[[], torch.Tensor | float] = lambda: 1.0
 
     def __post_init__(self) -> None:
         self.open: set[str] = set()

@@ -49,8 +49,7 @@ def run(flat: Tensor, part: Part) -> Tensor:
 
 
 def inverse_scale(held: Held) -> Tensor | float:
-    scaler = held.holdings.scaler
-    return 1.0 if scaler is None else scaler.inverse
+    return held.holdings.unscale()
 
 
 # --- what users can get wrong -----------------------------------------------------------------------------------------
