@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deepcore import comm as comm
+    from deepcore import sequence as sequence
     from deepcore import zero as zero
     from deepcore.comm.setup import init_distributed as init_distributed
     from deepcore.config.arguments import add_config_arguments as add_config_arguments
@@ -28,7 +29,7 @@ _HOMES = {
     "RepeatingLoader": "deepcore.engine.data",
     "verify": "deepcore.verification",
 }
-_SUBPACKAGES = ("comm", "config", "errors", "ops", "optim", "zero")
+_SUBPACKAGES = ("comm", "config", "errors", "ops", "optim", "sequence", "zero")
 
 __all__ = ["__version__", *_HOMES, *_SUBPACKAGES]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepcore.comm import collectives, solo
 from deepcore.comm.collectives import Pending, Transport, Work
-from deepcore.comm.setup import World
+from deepcore.comm.setup import World, current_world, init_distributed
 from deepcore.errors import CommError
 
 _DIMS = ("pp", "dp", "sp", "tp")
@@ -144,6 +144,26 @@ class Axis:
         if output.data_ptr() != input.data_ptr():
             output.detach().view(-1).copy_(input.detach().view(-1))
         return Work(self.name, op, input.numel())
+
+
+def adopt_group(group: dist.ProcessGroup, name: str) -> Axis:
+    """The axis of a process group that the user made; it stays the user's.
+
+    Raises:
+        CommError: this rank is not in the group, or no world was joined.
+    """
+    world = current_world() or init_distributed(dist_init_required=False)
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise CommError(
+            f"axis '{name}' cannot be made of this group",
+            got=f"rank {world.rank}, {type(group).__name__}",
+            expected="a torch.distributed process group with this rank in it",
+            do="pass the group that torch.distributed.new_group returned for this rank's own line",
+        )
+    ranks = tuple(dist.get_process_group_ranks(group))
+    transport = collectives.make_transport(world)
+    held = group if len(ranks) > 1 else None
+    return Axis(name, ranks.index(world.rank), len(ranks), ranks, held, transport, device=world.device)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from deepcore.engine.tokens import TokenCount
 from deepcore.engine.trainability import LateThaws, note_room_for_frozen
 from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
+from deepcore.parallel.sequence.binding import bind
 from deepcore.precision.casts import ForwardCasts
 from deepcore.precision.scaler import LossScaler
 from deepcore.zero.holdings import Holdings
@@ -86,6 +87,7 @@ def build_parts(
     chosen = _chosen(model, optimizer)
     require_stage(model, settings.zero_optimization.stage)
     require_same_model(model, axis, world.device)
+    bind(model, mesh.sp)
     grouping = Grouper(model, policy, axis, settings).group(chosen)
     if world.rank == 0:
         note_room_for_frozen(grouping.held)
@@ -115,7 +117,7 @@ def _mesh(world: World, settings: Settings) -> Mesh:
 
 
 def _num_replicas(mesh: Mesh, settings: Settings) -> int:
-    """What summed gradients are divided by: "sum" adds samples, which are cut over dp; parts of one still have a mean."""
+    """What summed gradients are divided by: "sum" adds samples, cut over dp, while the parts of one have a mean."""
     return mesh.sp.size if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
 
 

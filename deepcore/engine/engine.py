@@ -6,7 +6,7 @@ Knows nothing of how it was configured (``front_door``) or of how a step is made
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from deepcore.engine.progress import StepPrinter
 from deepcore.engine.readings import Readings
 from deepcore.engine.report import exhausted_scale, skip_message
 from deepcore.errors import UsageError
+from deepcore.parallel.randomness import forked
+from deepcore.parallel.sequence.binding import unbind
 from deepcore.precision.casts import ForwardCasts
 from deepcore.zero import holdings
 from deepcore.zero.gather import load_weights
@@ -84,7 +86,7 @@ class Engine(Readings):
                 expected="a live engine",
                 do="use engine.module to run the model, or build a new engine with deepcore.initialize()",
             )
-        with self._printer.measure("forward"), self._casts.region():
+        with self._printer.measure("forward"), self._casts.region(), self._randomness():
             return self.module(*self._casts.cast(inputs), **self._casts.cast(kwargs))
 
     def backward(
@@ -206,6 +208,7 @@ class Engine(Readings):
             self.core.clear()
             self.core.kill("engine.destroy() was called")
         self.strategy.detach()
+        unbind(self.module, self.mesh.sp)
         self.mesh.destroy()
 
     def module_state_dict(self) -> dict[str, Any]:
@@ -243,6 +246,11 @@ class Engine(Readings):
         """Let the functions of ``deepcore.zero`` find this engine by its parameters, until ``destroy``."""
         self._holdings = held
         holdings.register(self.module, held)
+
+    def _randomness(self) -> AbstractContextManager[None]:
+        """Every rank of a sequence draws its own numbers in the forward pass: it holds other tokens, or other heads."""
+        sp = self.mesh.sp
+        return nullcontext() if sp.size == 1 else forked(self.device, sp.rank)
 
     def _require_core(self, verb: str) -> TrainCore:
         if self.core is None:
