@@ -86,7 +86,7 @@ def build_parts(
     axis = mesh.zero_axis
     chosen = _chosen(model, optimizer)
     require_stage(model, settings.zero_optimization.stage)
-    require_same_model(model, axis, world.device)
+    require_same_model(model, axis)
     bind(model, mesh.sp)
     grouping = Grouper(model, policy, axis, settings).group(chosen)
     if world.rank == 0:

@@ -54,6 +54,26 @@ class Clock:
         self.global_samples += self.micro_batch * self.world * (self._in_window + 1)
         self._in_window = 0
 
+    @property
+    def in_window(self) -> int:
+        """Micro-batches of the window that is open."""
+        return self._in_window
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters as of the last closed window: gradients of an open one are kept by nobody."""
+        return {
+            "micro_steps": self.micro_steps - self._in_window,
+            "global_steps": self.global_steps,
+            "skipped_steps": self.skipped_steps,
+            "global_samples": self.global_samples,
+        }
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        """Go on from saved counters, with a new window."""
+        self.micro_steps, self.global_steps = saved["micro_steps"], saved["global_steps"]
+        self.skipped_steps, self.global_samples = saved["skipped_steps"], saved["global_samples"]
+        self._in_window = 0
+
     def set_train_batch(self, train_batch: int) -> None:
         """Change the accumulation so that a step covers ``train_batch`` samples, from the next window on."""
         per_pass = self.micro_batch * self.world

@@ -64,6 +64,7 @@ class TrainCore:
         self._backwards = 0  # in this window
         self._hold = False
         self._dead: str | None = None
+        self._half_loaded = False
 
     @property
     def has_gradients(self) -> bool:
@@ -185,7 +186,26 @@ class TrainCore:
         """Refuse all further work, with this reason."""
         self._dead = reason
 
+    def begin_load(self) -> None:
+        """State is about to be overwritten: drop the window, and refuse to train until ``finish_load``."""
+        self._half_loaded = False
+        self.require_alive()
+        self.clear()
+        self.last_report = self.fresh_report = None
+        self._half_loaded = True
+
+    def finish_load(self) -> None:
+        """The state is whole again."""
+        self._half_loaded = False
+
     def require_alive(self) -> None:
+        if self._half_loaded:
+            raise UsageError(
+                "this engine's state is a mixture",
+                got="load_checkpoint() failed after it had begun to overwrite weights",
+                expected="a load that ends well",
+                do="load another checkpoint into it",
+            )
         if self._dead is not None:
             raise UsageError(
                 "this engine cannot train any more",

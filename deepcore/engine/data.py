@@ -6,13 +6,32 @@ Knows nothing of models or engines, and issues no collective: equal arguments on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from deepcore.base.log import warn_once
 from deepcore.errors import ConfigError, UsageError
+
+
+class _From(Sampler[int]):
+    """A sampler's indices from a place on: what came before was seen already.
+
+    Attributes:
+        start: how many the next pass leaves out.
+    """
+
+    def __init__(self, sampler: DistributedSampler[Any]) -> None:
+        self._sampler = sampler
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self._sampler, self.start, None)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
 
 
 class DeepcoreDataLoader:
@@ -22,18 +41,33 @@ class DeepcoreDataLoader:
     chooses the number of the next pass, which is how a resumed run returns to its place. The order depends on the
     seed and that number alone. Passes do not touch torch's global random state.
 
+    A checkpoint keeps the place inside of a pass. After ``load_state_dict`` the next pass begins there, without
+    reading what lies before, and a pass that is under way ends.
+
     Args:
         loader: this rank's batches; its ``generator`` is ours to seed.
         sampler: where the epoch's order comes from, if it has one.
         worker_seed: from an epoch's number to the seed of this rank's worker processes.
+        place: what skips samples of ``sampler``; None where batches have to be drawn to be skipped.
+        num_ranks: how many ranks share an epoch.
     """
 
     def __init__(
-        self, loader: DataLoader[Any], sampler: DistributedSampler[Any] | None, worker_seed: Callable[[int], int]
+        self,
+        loader: DataLoader[Any],
+        sampler: DistributedSampler[Any] | None,
+        worker_seed: Callable[[int], int],
+        place: _From | None = None,
+        num_ranks: int = 1,
     ) -> None:
-        self.loader, self.sampler, self._worker_seed = loader, sampler, worker_seed
+        self.loader, self.sampler, self._worker_seed, self._place = loader, sampler, worker_seed, place
         self.dataset, self.batch_size = loader.dataset, loader.batch_size
         self.epoch = 0
+        self._num_ranks = num_ranks
+        self._begun: int | None = None  # the epoch of the pass that began last, until it has ended
+        self._seen = 0  # samples of this rank in it, those left out included
+        self._skip = 0  # samples of all ranks that the next pass leaves out
+        self._moves = 0  # how often a place was loaded: passes that began before are over
 
     def __len__(self) -> int:
         """The number of batches per epoch on this rank, the same on every rank."""
@@ -45,12 +79,46 @@ class DeepcoreDataLoader:
         self.loader.generator.manual_seed(self._worker_seed(self.epoch))
         if self.sampler is not None:
             self.sampler.set_epoch(self.epoch)
-        self.epoch += 1
-        yield from self.loader
+        self._begun, self.epoch = self.epoch, self.epoch + 1
+        self._seen, self._skip = self._skip // self._num_ranks, 0
+        moves, left_out, size = self._moves, self._seen, self.batch_size or 1
+        if self._place is not None:
+            self._place.start, left_out = left_out, 0
+        for batch in self.loader:
+            if left_out > 0:
+                left_out -= size
+                continue
+            self._seen += size
+            yield batch
+            if self._moves != moves:
+                return
+        self._begun = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next pass shows."""
         self.epoch = epoch
+
+    def state_dict(self, rewind: int = 0) -> dict[str, int]:
+        """The place: an epoch, and how many samples all ranks have seen of it.
+
+        Args:
+            rewind: batches of this rank that do not count as seen.
+        """
+        if self._begun is None:
+            return {"epoch": self.epoch, "samples": self._skip}
+        seen, size = max(0, self._seen - rewind * (self.batch_size or 1)), self.batch_size or 1
+        if self._place is not None and len(self._place) - seen < (size if self.loader.drop_last else 1):
+            return {"epoch": self._begun + 1, "samples": 0}
+        return {"epoch": self._begun, "samples": seen * self._num_ranks}
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        """Let the next pass begin at a saved place, whatever the number of ranks and the batch size were.
+
+        Where what was seen does not divide by the ranks, fewer than one sample per rank come again.
+        """
+        self.epoch, self._skip = saved["epoch"], saved["samples"]
+        self._begun = None
+        self._moves += 1
 
 
 class RepeatingLoader:
@@ -134,12 +202,13 @@ def build_dataloader(
                 f"An IterableDataset is read in full by each of the {world_size} ranks unless it shards itself. "
                 "Let it skip by rank (deepcore.comm.get_rank()), or use a dataset with __len__ and __getitem__.",
             )
-        return DeepcoreDataLoader(DataLoader(dataset, **options), None, worker_seed)
+        return DeepcoreDataLoader(DataLoader(dataset, **options), None, worker_seed, None, world_size)
     _check_size(dataset, batch_size, world_size, drop_last)
     sampler: DistributedSampler[Any] = DistributedSampler(
         dataset, num_replicas=world_size, rank=rank, shuffle=seed is not None, seed=seed or 0, drop_last=drop_last
     )
-    return DeepcoreDataLoader(DataLoader(dataset, sampler=sampler, **options), sampler, worker_seed)
+    place = _From(sampler)
+    return DeepcoreDataLoader(DataLoader(dataset, sampler=place, **options), sampler, worker_seed, place, world_size)
 
 
 def _check_kind(dataset: object) -> None:

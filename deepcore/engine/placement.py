@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from deepcore.comm.exchange import gather_bytes
 from deepcore.comm.mesh import Axis
 from deepcore.errors import CommError, ConfigError
 from deepcore.precision.policy import PrecisionPolicy
@@ -73,7 +74,7 @@ def cast_rest(module: torch.nn.Module, groups: Sequence[FlatGroup], policy: Prec
             buffer.data = buffer.data.to(policy.buffer)
 
 
-def require_same_model(module: torch.nn.Module, axis: Axis, device: torch.device) -> None:
+def require_same_model(module: torch.nn.Module, axis: Axis) -> None:
     """Raise on every rank if names, shapes, dtypes or trainability differ between ranks."""
     if axis.size == 1:
         return
@@ -82,10 +83,10 @@ def require_same_model(module: torch.nn.Module, axis: Axis, device: torch.device
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     ]
     text = "\n".join(lines).encode()
-    digests = _gather_bytes(hashlib.sha256(text).digest(), axis, device)
+    digests = gather_bytes(hashlib.sha256(text).digest(), axis)
     if len(set(digests)) == 1:
         return
-    everyone = [part.decode().split("\n") for part in _gather_bytes(text, axis, device)]
+    everyone = [part.decode().split("\n") for part in gather_bytes(text, axis)]
     rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
     first, theirs = everyone[0], everyone[rank]
     missing = [f"- {line}" for line in first if line not in set(theirs)][:5]
@@ -96,15 +97,3 @@ def require_same_model(module: torch.nn.Module, axis: Axis, device: torch.device
         expected="the same parameters and buffers, in the same order, on every rank",
         do="build the model from the same code and config on every rank",
     )
-
-
-def _gather_bytes(data: bytes, axis: Axis, device: torch.device) -> list[bytes]:
-    """Every rank's bytes, in the order of the axis."""
-    sizes = torch.empty(axis.size, dtype=torch.int64, device=device)
-    axis.all_gather_into(sizes, torch.tensor([len(data)], device=device)).wait()
-    longest = int(sizes.max())
-    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
-    parts = torch.empty(axis.size * longest, dtype=torch.uint8, device=device)
-    axis.all_gather_into(parts, padded).wait()
-    rows = parts.view(axis.size, longest)
-    return [bytes(row[:size].tolist()) for row, size in zip(rows, sizes.tolist(), strict=True)]

@@ -93,6 +93,8 @@ class ClientOptimizer(Optimizer):
             self.client.state.pop(param, None)
         self._masters = list(swapped.values())
         self._target_of: dict[torch.Tensor, torch.nn.Parameter] = dict(swapped.items())
+        self._source_of: dict[torch.Tensor, torch.Tensor] = {target: param for param, target in swapped.items()}
+        self._mine = set(self._targets)
 
     def update(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         """Scale the gradients by ``grad_scale`` in place and let the client step, unless ``skip``."""
@@ -204,6 +206,23 @@ class ClientOptimizer(Optimizer):
         """What this rank keeps of a parameter's state: (None, the client's own dict), each tensor whole."""
         state: dict[str, Any] = self.client.state.get(self._target_of.get(param, param), {})
         return None, state
+
+    def original(self, target: torch.Tensor) -> torch.Tensor:
+        """The model's parameter behind one that stands in the groups."""
+        return self._source_of.get(target, target)
+
+    def put_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """Give a parameter that is updated here the state with which its next update begins."""
+        self.client.state[self._target_of.get(param, param)] = state
+
+    @property
+    def updates_everything(self) -> bool:
+        """Whether this rank holds all state."""
+        return self._arena.is_whole
+
+    def updates(self, param: torch.Tensor) -> bool:
+        """Whether it is this rank that updates a parameter."""
+        return self._target_of.get(param, param) in self._mine
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

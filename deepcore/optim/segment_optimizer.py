@@ -155,6 +155,25 @@ class SegmentOptimizer(Optimizer, ABC):
             return segment.offset, {"step": batch.steps[index], **runs}
         return None, {}
 
+    def reset_state(self, param: torch.Tensor) -> None:
+        """Let a parameter's state be as before the first step, as far as this rank keeps it."""
+        group = self.param_groups[self._group_of()[param]]
+        for batch, index in self._places.get(param, ()):
+            segment = batch.table.segments[index]
+            batch.steps[index] = 0
+            for name, tensors in batch.states.items():
+                _elements(tensors[segment.tensor], segment).fill_(self.initial_state(name, group))
+
+    def original(self, target: torch.Tensor) -> torch.Tensor:
+        """The model's parameter behind one that stands in the groups: itself."""
+        return target
+
+    @property
+    def updates_everything(self) -> bool:
+        """Whether this rank holds all state."""
+        assert self._arena is not None
+        return self._arena.is_whole
+
     def assign_groups(self) -> None:
         """Let every segment follow the param_group of its parameter."""
         assert self._arena is not None

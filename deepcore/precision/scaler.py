@@ -68,3 +68,13 @@ class LossScaler:
         """Whether a skip at this scale and hysteresis had nowhere to go."""
         settings = self.settings
         return settings is not None and settings.dynamic and scale <= settings.minimum and hysteresis <= 1
+
+    def state_dict(self) -> list[float] | None:
+        """Scale, steps since the last skip, hysteresis left; None where there is no scale. Waits for the device."""
+        return None if self.state is None else self.state.tolist()
+
+    def load_state_dict(self, saved: list[float] | None) -> None:
+        """Go on from a saved state. A static scale is the config's, whatever was saved."""
+        if saved is not None and self.state is not None and self.settings is not None and self.settings.dynamic:
+            self.state.copy_(torch.tensor(saved, dtype=torch.float32))
+            self.inverse = self.state[:1].reciprocal()

@@ -94,6 +94,14 @@ class ZeroStrategy(ABC):
     def publish(self) -> None:
         """The masters of this rank's shards changed: bring the module's weights up to date."""
 
+    def adopt_masters(self) -> None:
+        """The masters were overwritten as a whole: let copies and the module's weights follow. Collective."""
+        for master, copy in zip(self.arena.masters, self.arena.copies, strict=True):
+            if copy is not None:
+                copy.copy_(master)
+        self.publish()
+        self.watch.renew()
+
     def materialize(self) -> AbstractContextManager[None]:
         """All full weights in the module inside, on every rank. Collective where weights are sharded."""
         return nullcontext()

@@ -1,0 +1,1 @@
+"""Checkpoints that know nothing of ranks: named tensors, whoever holds which part of them."""

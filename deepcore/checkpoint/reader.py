@@ -1,0 +1,176 @@
+"""Owns a checkpoint that is read: its manifest, and tensors put together from its pieces, whole or in runs.
+
+Knows nothing of engines. It trusts no byte that it has not checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepcore.checkpoint import folder as folders
+from deepcore.checkpoint.fragments import Form, Fragment, in_shape, reordered
+from deepcore.checkpoint.io import Span, open_plainly, read_spans, verify_file
+from deepcore.checkpoint.manifest import FILE_NAME, MAX_NBYTES, Manifest, TensorRecord
+from deepcore.checkpoint.plan import cover
+from deepcore.errors import CheckpointError
+
+
+class Reader:
+    """A complete checkpoint in a folder.
+
+    Attributes:
+        path: the folder.
+        manifest: what is in it.
+    """
+
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
+        """Read and check the manifest.
+
+        Args:
+            verify: check every byte that is read later.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or it is partial, foreign, newer or damaged.
+        """
+        self.path, self._verify = path, verify
+        where = path / FILE_NAME
+        if not where.is_file() or where.is_symlink():
+            raise _nothing_here(path)
+        if where.stat().st_size > MAX_NBYTES:
+            raise CheckpointError(f"{where} is too large to be a manifest", got=f"{where.stat().st_size} bytes")
+        self.manifest = Manifest.from_bytes(where.read_bytes(), str(where))
+        self._require_files()
+
+    def _require_files(self) -> None:
+        """All files are there, with their sizes: what is missing is found before anything is overwritten."""
+
+        for record in self.manifest.files:
+            os.close(open_plainly(self.path / record.name, record.nbytes))
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRecord]:
+        return self.manifest.tensors
+
+    def record(self, name: str) -> TensorRecord:
+        """The tensor's record; CheckpointError where there is none."""
+        found = self.manifest.tensors.get(name)
+        if found is None:
+            raise CheckpointError(
+                f"the checkpoint {self.path} has no tensor '{name}'",
+                got=f"{len(self.manifest.tensors)} tensors of other names",
+                expected="one of this name",
+                do="'deepcore checkpoint inspect' lists what it has",
+            )
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, in its shape and memory order, in the CPU's memory."""
+        return self.several([name])[name]
+
+    def several(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Whole tensors by name, read in one go."""
+        found = {}
+        targets = []
+        for name in names:
+            form = self.record(name).form
+            flat = torch.empty(form.numel, dtype=form.dtype)
+            targets.append(Fragment(name, form, 0, flat))
+            found[name] = in_shape(flat, form)
+        self.read(targets)
+        return found
+
+    def check(self, targets: Iterable[Fragment]) -> None:
+        """Raise CheckpointError where a target is missing or has another shape; reads nothing."""
+        for target in targets:
+            record = self.record(target.name)
+            if record.form.shape != target.form.shape:
+                raise _other_shape(target, record.form)
+
+    def read(self, targets: Iterable[Fragment]) -> None:
+        """Overwrite ``values`` of each target with what the checkpoint has, in the target's own dtype.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape, or lies in a damaged file.
+        """
+        spans: dict[int, list[Span]] = {}
+        later: list[tuple[Fragment, torch.Tensor, Form]] = []
+        targets = list(targets)
+        self.check(targets)
+        for target in targets:
+            record = self.record(target.name)
+            if record.form.order != target.form.order:
+                flat = torch.empty(record.form.numel, dtype=record.form.dtype)
+                later.append((target, flat, record.form))
+                self._plan(Fragment(target.name, record.form, 0, flat), record, spans)
+            else:
+                self._plan(target, record, spans)
+        for number, wanted in sorted(spans.items()):
+            read_spans(self.path, self.manifest.files[number], wanted, verify=self._verify)
+        for target, flat, form in later:
+            ordered = reordered(flat, form, target.form.order)
+            target.values.copy_(ordered[target.offset : target.offset + target.values.numel()])
+        for target in targets:
+            if target.home is not None:
+                target.home.copy_(in_shape(target.values, target.form))
+
+    def _plan(self, target: Fragment, record: TensorRecord, spans: dict[int, list[Span]]) -> None:
+        if target.values.numel() == 0:
+            return
+        size = record.form.dtype.itemsize
+        pieces = [(piece.offset, piece.numel) for piece in record.pieces]
+        for copy in cover(target.name, target.offset, target.values.numel(), pieces):
+            piece = record.pieces[copy.piece]
+            begin = piece.begin + copy.source * size
+            taker = _taker(target.values[copy.target : copy.target + copy.numel], record.form.dtype)
+            spans.setdefault(piece.file, []).append(Span(begin, begin + copy.numel * size, taker))
+
+    def verify(self, progress: Callable[[str], Any] = lambda name: None) -> None:
+        """Check every byte of every file; CheckpointError at the first that is wrong."""
+        for record in self.manifest.files:
+            progress(record.name)
+            verify_file(self.path, record)
+
+
+def _taker(values: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor, int], None]:
+    """What copies bytes of a tensor of ``dtype``, beginning at byte ``begin``, into ``values``."""
+
+    def take(part: torch.Tensor, begin: int) -> None:
+        if begin % dtype.itemsize or part.numel() % dtype.itemsize or part.storage_offset() % dtype.itemsize:
+            raise CheckpointError("a tensor lies across blocks", got=f"byte {begin}", expected="aligned elements")
+        first = begin // dtype.itemsize
+        source = part.view(dtype)
+        values[first : first + source.numel()].copy_(source)
+
+    return take
+
+
+def _nothing_here(path: Path) -> CheckpointError:
+    root = path.parent
+    if path.is_dir():
+        foreign = sorted(child.name for child in path.iterdir())[:5]
+        return CheckpointError(
+            f"{path} is no complete checkpoint",
+            got=f"no {FILE_NAME}; {', '.join(foreign) or 'nothing'} in the folder",
+            expected=f"a {FILE_NAME} with the files that it names",
+            do=f"load another one: {folders.available(root)}",
+        )
+    return CheckpointError(
+        f"there is no checkpoint {path}",
+        got="no such folder",
+        expected="the folder of a complete checkpoint",
+        do=f"load another one: {folders.available(root)}",
+    )
+
+
+def _other_shape(target: Fragment, form: Form) -> CheckpointError:
+    return CheckpointError(
+        f"'{target.name}' has another shape in the checkpoint",
+        got=f"{form.shape} in the checkpoint",
+        expected=f"{target.form.shape} in the model",
+        do="build the model as it was when it was saved",
+    )

@@ -1,0 +1,70 @@
+"""Owns the exchange of small records between ranks: bytes, and what JSON can say.
+
+Knows nothing of what they mean; tensors of any size travel by the axis's own verbs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from deepcore.comm.mesh import Axis
+from deepcore.errors import CommError, DeepcoreError
+
+
+def gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
+    """Every rank's bytes, in the order of the axis. Collective."""
+    if axis.size == 1:
+        return [data]
+    sizes = torch.empty(axis.size, dtype=torch.int64, device=axis.device)
+    axis.all_gather_into(sizes, torch.tensor([len(data)], device=axis.device)).wait()
+    counts = sizes.tolist()
+    longest = max(*counts, 1)
+    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8).to(axis.device)
+    parts = torch.empty(axis.size * longest, dtype=torch.uint8, device=axis.device)
+    axis.all_gather_into(parts, padded).wait()
+    whole = bytes(parts.cpu().untyped_storage())  # type: ignore[call-overload]
+    return [whole[rank * longest : rank * longest + count] for rank, count in enumerate(counts)]
+
+
+Result = TypeVar("Result")
+
+
+def together(work: Callable[[], Result], axis: Axis, kind: type[DeepcoreError] = CommError) -> Result:
+    """Do what may fail on some ranks only, without a collective in it, and fail on all ranks if it does on any.
+
+    Raises:
+        DeepcoreError: of ``kind``, where it failed elsewhere only. Where it failed, what it raised.
+    """
+    failure = "an error"
+    try:
+        result = work()
+        failure = ""
+    except DeepcoreError as error:
+        failure = error.what
+        raise
+    except OSError as error:
+        failure = str(error)
+        raise
+    finally:
+        told = gather_records(failure, axis)
+    for rank, text in enumerate(told):
+        if text:
+            raise kind(
+                f"rank {axis.ranks[rank]} failed, and so this one cannot go on",
+                got=text,
+                expected="success on every rank",
+                do=f"see the error of rank {axis.ranks[rank]}",
+            )
+    return result
+
+
+def gather_records(record: Any, axis: Axis) -> list[Any]:
+    """Every rank's record, of what JSON has, in the order of the axis. Collective."""
+    if axis.size == 1:
+        return [record]
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return [json.loads(part) for part in gather_bytes(text, axis)]

@@ -1,0 +1,127 @@
+"""Owns the list of what this rank holds of an engine's training state, as named fragments of logical tensors.
+
+Knows nothing of files or manifests. The same list serves saving, where it is read, and loading, where it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from deepcore.checkpoint.encoding import Encoder
+from deepcore.checkpoint.fragments import Form, Fragment, order_of, whole
+from deepcore.optim.factory import EngineOptimizer
+from deepcore.zero import holdings
+from deepcore.zero.holdings import Held
+from deepcore.zero.locate import weights_part
+
+WEIGHTS, BUFFERS, STATE = "weights/", "buffers/", "optimizer/"
+
+
+def param_form(held: Held, dtype: torch.dtype) -> Form:
+    """Shape and memory order of a grouped parameter, known also where it is sharded."""
+    assert held.group is not None
+    shape = held.slot.shape
+    return Form(dtype, shape, order_of(shape, held.group.strides[held.index]))
+
+
+def weight_fragments(module: torch.nn.Module, *, exclude_frozen: bool = False) -> Iterator[Fragment]:
+    """What is here of every parameter, in the highest precision that training keeps: masters where there are any."""
+    for name, param in module.named_parameters():
+        if exclude_frozen and not param.requires_grad:
+            continue
+        held = holdings.require(param)
+        if held.group is None:
+            yield whole(WEIGHTS + name, param.data)
+            continue
+        part = weights_part(held)
+        if part is not None:
+            yield Fragment(WEIGHTS + name, param_form(held, part.values.dtype), part.offset, part.values)
+        elif held.slot.numel == 0:
+            dtype = held.group.dtypes.master
+            yield Fragment(WEIGHTS + name, param_form(held, dtype), 0, torch.empty(0, dtype=dtype))
+
+
+def buffer_fragments(module: torch.nn.Module) -> Iterator[Fragment]:
+    """Every buffer that ``state_dict`` has."""
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield whole(BUFFERS + (f"{prefix}.{name}" if prefix else name), buffer)
+
+
+def extra_states(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules with state of another kind, by name."""
+    for prefix, owner in module.named_modules():
+        if type(owner).get_extra_state is not torch.nn.Module.get_extra_state:
+            yield prefix, owner
+
+
+def aliases(module: torch.nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, and the name under which each is saved."""
+    first: dict[torch.Tensor, str] = {}
+    found = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(param, name) != name:
+            found[name] = first[param]
+    return found
+
+
+def updated(module: torch.nn.Module) -> Iterator[tuple[str, Held]]:
+    """Parameters that the optimizer updates."""
+    for name, param in module.named_parameters():
+        held = holdings.require(param)
+        if held.number is not None:
+            yield name, held
+
+
+class OptimizerContents:
+    """What is here of the optimizer's state.
+
+    Attributes:
+        fragments: its tensors.
+        entries: per parameter and key the encoded value: a number, or the name of a tensor.
+    """
+
+    def __init__(self, module: torch.nn.Module, optimizer: EngineOptimizer, *, allow_pickle: bool) -> None:
+        self.fragments: list[Fragment] = []
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._allow_pickle = allow_pickle
+        numbers: list[tuple[str, str, torch.Tensor]] = []
+        for name, held in updated(module):
+            offset, found = optimizer.local_state(held.param)
+            for key, value in found.items():
+                if isinstance(value, torch.Tensor) and value.ndim == 0 and offset is not None:
+                    numbers.append((name, key, value))
+                else:
+                    self._add(name, key, value, held, offset)
+        for (name, key, _), number in zip(numbers, read_numbers([value for *_, value in numbers]), strict=True):
+            self._add(name, key, number, None, None)
+
+    def _add(self, name: str, key: str, value: Any, held: Held | None, offset: int | None) -> None:
+        label = f"{STATE}{name}/{key}"
+        if isinstance(value, torch.Tensor) and (value.ndim or offset is not None):
+            if offset is None:
+                self.fragments.append(whole(label, value))
+            else:
+                assert held is not None
+                self.fragments.append(Fragment(label, param_form(held, value.dtype), offset, value))
+            encoded: Any = {"$": "tensor", "v": label}
+        else:
+            encoder = Encoder(f"{label}/", allow_pickle=self._allow_pickle)
+            encoded = encoder.encode(value, label)
+            self.fragments += [whole(own, tensor) for own, tensor in encoder.tensors.items()]
+        self.entries.setdefault(name, {})[key] = encoded
+
+
+def read_numbers(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """0-dimensional tensors in the CPU's memory, with one copy per device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, value in enumerate(values):
+        kinds.setdefault((value.device, value.dtype), []).append(index)
+    found = dict[int, torch.Tensor]()
+    for members in kinds.values():
+        found.update(zip(members, torch.stack([values[index] for index in members]).cpu().unbind(), strict=True))
+    return [found[index] for index in range(len(values))]

@@ -1,0 +1,182 @@
+"""Owns the way of optimizer state out of a checkpoint: which value goes to which parameter, and hyperparameters.
+
+Knows nothing of formulas: the optimizer says which keys it keeps, or takes what there was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deepcore.base.log import logger
+from deepcore.checkpoint.encoding import Decoder
+from deepcore.checkpoint.fragments import Fragment, order_of
+from deepcore.checkpoint.reader import Reader
+from deepcore.engine.contents import WEIGHTS, param_form, updated
+from deepcore.errors import CheckpointError
+from deepcore.optim.client import ClientOptimizer
+from deepcore.zero.holdings import Held
+
+if TYPE_CHECKING:
+    from deepcore.engine.engine import Engine
+
+Entries = Mapping[str, Any]
+_ADAMS = {"FusedAdam", "Adam", "AdamW"}  # keep the same state under the same keys
+
+
+class OptimizerRestorer:
+    """Finds the state of every parameter that is updated here; changes nothing before ``finish``.
+
+    Attributes:
+        targets: what has to be read between the two.
+    """
+
+    def __init__(self, engine: Engine, reader: Reader, renamed: Mapping[str, str]) -> None:
+        self._optimizer, self._reader = engine.optimizer, reader
+        self._allow_pickle = engine.settings.checkpoint.allow_pickle
+        self._kind = reader.manifest.state["optimizer"]["kind"]
+        self.targets: list[Fragment] = []
+        self._numbers: list[tuple[torch.Tensor, Any]] = []
+        self._forgotten: list[torch.Tensor] = []
+        self._fresh: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        if isinstance(self._optimizer, ClientOptimizer):
+            self._require_kind()
+        saved: dict[str, dict[str, Any]] = {}
+        for rank in reader.manifest.state["ranks"]:
+            for name, entries in rank.get("optimizer", {}).items():
+                saved.setdefault(name, {}).update(entries)
+        without = []
+        for name, held in updated(engine.module):
+            entries = saved.get(renamed.get(name, name))
+            if held.slot.numel == 0:
+                continue
+            if entries is None:
+                without.append(name)
+                self._forgotten.append(held.param)
+            elif isinstance(self._optimizer, ClientOptimizer):
+                self._plan_client(held, renamed.get(name, name), entries)
+            else:
+                self._plan_segments(held, name, entries)
+        if without and not isinstance(self._optimizer, ClientOptimizer) and engine.global_rank == 0:
+            logger().warning(
+                f"{len(without)} parameters, '{without[0]}' first, have no optimizer state in {reader.path}: "
+                "theirs begins anew"
+            )
+
+    def _require_kind(self) -> None:
+        """A client makes its state itself, so that its class has to say whether what was saved is of its kind."""
+        kind = type(self._optimizer.client).__name__
+        if kind != self._kind and not {kind, self._kind} <= _ADAMS:
+            raise CheckpointError(
+                "the checkpoint's optimizer state is another optimizer's",
+                got=self._kind,
+                expected=kind,
+                do="use the optimizer that it was saved with, or pass load_optimizer_states=False",
+            )
+
+    def _plan_segments(self, held: Held, name: str, entries: Entries) -> None:
+        offset, found = self._optimizer.local_state(held.param)
+        if found and found.keys() != entries.keys():
+            raise self._other_optimizer(name, entries, found)
+        for key, value in found.items():
+            entry = entries[key]
+            if not isinstance(entry, dict) or entry.get("$") not in ("tensor", "scalar"):
+                raise self._other_optimizer(name, entries, found)
+            if entry["$"] == "scalar":
+                is_number = value.numel() == 1
+            else:
+                is_number = value.ndim == 0 and self._reader.record(entry["v"]).form.shape == ()
+            if is_number:
+                self._numbers.append((value, entry))
+            elif entry["$"] == "scalar":
+                raise self._other_optimizer(name, entries, found)
+            else:
+                form = param_form(held, value.dtype)
+                self.targets.append(Fragment(entry["v"], form, offset or 0, value.view(-1)))
+
+    def _plan_client(self, held: Held, name: str, entries: Entries) -> None:
+        optimizer = self._optimizer
+        if not optimizer.updates(held.param):
+            return
+        assert held.group is not None
+        weights = self._reader.tensors.get(WEIGHTS + name)
+
+        def fetch(label: str) -> torch.Tensor:
+            form = self._reader.record(label).form
+            dtype, stride = form.dtype, None
+            if form.shape == held.slot.shape:
+                stride = held.group.strides[held.index]  # type: ignore[union-attr]
+                if weights is not None and weights.form.dtype == dtype:
+                    dtype = held.group.dtypes.master  # type: ignore[union-attr]
+            device = held.group.key.device  # type: ignore[union-attr]
+            value = torch.empty(form.shape, dtype=dtype, device=device)
+            if stride is not None:
+                value = torch.empty_strided(form.shape, stride, dtype=dtype, device=device)
+            order = order_of(form.shape, value.stride())
+            flat = value.permute(order).view(-1) if value.ndim else value.view(-1)
+            self.targets.append(Fragment(label, type(form)(dtype, form.shape, order), 0, flat))
+            return value
+
+        decoder = Decoder(fetch, allow_pickle=self._allow_pickle)
+        self._fresh.append((held.param, {key: decoder.decode(entry) for key, entry in entries.items()}))
+
+    def finish(self) -> None:
+        """Put everything in its place; the targets have been read."""
+        for value, entry in self._numbers:
+            decoder = Decoder(self._reader.tensor, allow_pickle=self._allow_pickle)
+            value.copy_(decoder.decode(entry))
+        for param, state in self._fresh:
+            self._optimizer.put_state(param, state)
+        for param in self._forgotten:
+            if not isinstance(self._optimizer, ClientOptimizer):
+                self._optimizer.reset_state(param)
+            elif self._optimizer.updates(param):
+                self._optimizer.put_state(param, {})
+
+    def _other_optimizer(self, name: str, saved: Entries, have: Mapping[str, Any]) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint's optimizer state is another optimizer's ({self._kind})",
+            got=f"for '{name}': {', '.join(saved)}",
+            expected=f"{', '.join(have)}, as {type(self._optimizer).__name__} keeps",
+            do="use the optimizer that it was saved with, or pass load_optimizer_states=False",
+        )
+
+
+def require_groups(engine: Engine, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise where the checkpoint's param_groups cannot be told apart in the optimizer that is there."""
+    live = engine.optimizer.param_groups
+    if len(live) != len(saved):
+        raise CheckpointError(
+            "the optimizer has another number of param_groups than when it was saved",
+            got=f"{len(saved)} groups in the checkpoint",
+            expected=f"{len(live)} groups",
+            do="group the parameters as they were, or pass load_optimizer_states=False",
+        )
+    names = {param: name for name, param in engine.module.named_parameters()}
+    for index, (group, other) in enumerate(zip(live, saved, strict=True)):
+        mine = {names.get(engine.optimizer.original(param), "") for param in group["params"]}
+        theirs = set(other["params"])
+        elsewhere = {name for place, g in enumerate(saved) if place != index for name in g["params"]}
+        if (moved := mine & elsewhere - theirs) and engine.mesh.pp.size == 1:
+            raise CheckpointError(
+                f"param_group {index} has other parameters than when it was saved",
+                got=f"'{min(moved)}' is in another group in the checkpoint",
+                expected="the same parameters in each group",
+                do="group the parameters as they were, or pass load_optimizer_states=False",
+            )
+
+
+def restore_groups(engine: Engine, saved: Mapping[str, Any]) -> None:
+    """Give each param_group, the same dict as before, its saved hyperparameters; those of its own class only."""
+    optimizer = engine.optimizer
+    same_kind = type(getattr(optimizer, "client", optimizer)).__name__ == saved["kind"]
+    for group, other in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key, value in other["options"].items():
+            if not same_kind and key not in group and key != "initial_lr":
+                continue
+            if isinstance(group.get(key), torch.Tensor) and not isinstance(value, str):
+                group[key].copy_(torch.as_tensor(value))
+            else:
+                group[key] = value

@@ -1,0 +1,251 @@
+"""Owns how an engine takes a checkpoint's state over: what it looks for, where that goes, what must agree.
+
+Knows nothing of files, and nothing of how the checkpoint was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deepcore.base.log import logger
+from deepcore.checkpoint import checkpointer
+from deepcore.checkpoint import folder as folders
+from deepcore.checkpoint.encoding import Decoder
+from deepcore.checkpoint.fragments import Fragment, in_shape
+from deepcore.checkpoint.reader import Reader
+from deepcore.comm.exchange import gather_records, together
+from deepcore.engine import random_state
+from deepcore.engine.contents import BUFFERS, WEIGHTS, aliases, buffer_fragments, extra_states, weight_fragments
+from deepcore.engine.optimizer_restoring import OptimizerRestorer, require_groups, restore_groups
+from deepcore.engine.saved_state import require_state
+from deepcore.engine.saving import require_folder
+from deepcore.errors import CheckpointError
+from deepcore.zero.gather import load_weights
+
+if TYPE_CHECKING:
+    from deepcore.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What of a checkpoint is wanted.
+
+    Attributes:
+        strict: the model's names and the checkpoint's must be the same.
+        optimizer, schedule: take over their state.
+        module_only: weights and buffers, nothing else.
+        custom: called with (state dict, module) in place of the loading of weights.
+    """
+
+    strict: bool
+    optimizer: bool
+    schedule: bool
+    module_only: bool
+    custom: Callable[[Mapping[str, Any], torch.nn.Module], Any] | None
+
+
+@torch.no_grad()
+def load(
+    engine: Engine, load_dir: str | Path, tag: str | None, options: LoadOptions
+) -> tuple[str | None, dict[str, Any] | None]:
+    """``Engine.load_checkpoint``."""
+    root = require_folder(load_dir, "load_dir")
+    world = engine.mesh.world
+    reader = together(lambda: _open(engine, root, tag), world, CheckpointError)
+    if reader is None:
+        logger().warning(f"{root / folders.LATEST} is not there, nor any checkpoint: nothing is loaded from {root}")
+        return None, None
+    restorer = _Restorer(engine, reader, options)
+    together(restorer.prepare, world, CheckpointError)
+    engine.begin_load()
+    together(restorer.read, world, CheckpointError)
+    client = restorer.finish()
+    engine.finish_load()
+    if engine.global_rank == 0:
+        logger().info(f"loaded {reader.path}")
+    return str(reader.path), client
+
+
+def _open(engine: Engine, root: Path, tag: str | None) -> Reader | None:
+    if tag is None:
+        tag = checkpointer.newest(root)
+        if tag is None:
+            return None
+    else:
+        tag = folders.require_tag(tag)
+    try:
+        return Reader(root / tag, verify=engine.settings.checkpoint.verify)
+    except OSError as error:
+        raise CheckpointError(
+            f"{root / tag} cannot be read", got=str(error), do="check its permissions and the file system"
+        ) from error
+
+
+class _Restorer:
+    """One load: ``prepare`` finds out whether it can be done, and changes nothing."""
+
+    def __init__(self, engine: Engine, reader: Reader, options: LoadOptions) -> None:
+        self._engine, self._reader, self._options = engine, reader, options
+        self._state = require_state(reader)
+        self._with_optimizer = options.optimizer and not options.module_only and engine.optimizer is not None
+        self._elsewhere: set[str] = set()  # names that other ranks hold
+        if engine.mesh.pp.size > 1:
+            mine = [f.name for f in (*weight_fragments(engine.module), *buffer_fragments(engine.module))]
+            self._elsewhere = {name for names in gather_records(mine, engine.mesh.pp) for name in names}
+        self._targets: list[Fragment] = []
+        self._plain: Mapping[str, Any] = {}
+        self._decoded: dict[str, torch.Tensor] = {}  # tensors of the plain state, 1-D, filled with the rest
+        self._optimizer: OptimizerRestorer | None = None
+
+    def prepare(self) -> None:
+        engine, module = self._engine, self._engine.module
+        wanted = [*weight_fragments(module), *buffer_fragments(module)]
+        renamed = {WEIGHTS + name: WEIGHTS + other for name, other in self._renames().items()}
+        self._require_names({f.name for f in wanted}, renamed)
+        if self._options.custom is None:
+            for fragment in wanted:
+                name = renamed.get(fragment.name, fragment.name)
+                if name in self._reader.tensors:
+                    self._targets.append(replace(fragment, name=name))
+        if self._with_optimizer and self._state.get("optimizer"):
+            require_groups(engine, self._groups())
+            names = {name.removeprefix(WEIGHTS): other.removeprefix(WEIGHTS) for name, other in renamed.items()}
+            self._optimizer = OptimizerRestorer(engine, self._reader, names)
+            self._targets += self._optimizer.targets
+        elif self._with_optimizer:
+            logger().warning(f"{self._reader.path} has no optimizer state: the optimizer begins anew")
+        self._reader.check(self._targets)
+
+    def _renames(self) -> dict[str, str]:
+        """Parameters of the model whose weights the checkpoint has under another name, that of a tied one."""
+        saved = self._module_state().get("aliases", {})
+        ours: dict[str, list[str]] = {}
+        for alias, name in aliases(self._engine.module).items():
+            ours.setdefault(name, []).append(alias)
+        found = {}
+        for name, _ in self._engine.module.named_parameters():
+            if WEIGHTS + name not in self._reader.tensors:
+                for candidate in (saved.get(name), *(saved.get(a, a) for a in ours.get(name, []))):
+                    if candidate and WEIGHTS + candidate in self._reader.tensors:
+                        found[name] = candidate
+                        break
+        return found
+
+    def _module_state(self) -> Mapping[str, Any]:
+        found = self._state.get("module", {})
+        return found if isinstance(found, dict) else {}
+
+    def _require_names(self, wanted: set[str], renamed: Mapping[str, str]) -> None:
+        """With ``strict``: the checkpoint has all that the model (on all ranks) wants, and nothing else."""
+        engine = self._engine
+        here = [name for name, _ in engine.module.named_parameters()]
+        all_wanted = {WEIGHTS + name for name in here} | {name for name in wanted if name.startswith(BUFFERS)}
+        all_wanted = {renamed.get(name, name) for name in all_wanted} | self._elsewhere
+        have = {name for name in self._reader.tensors if name.startswith((WEIGHTS, BUFFERS))}
+        missing = sorted(all_wanted - have)
+        if self._module_state().get("without_frozen"):
+            trains = {WEIGHTS + name for name, param in engine.module.named_parameters() if param.requires_grad}
+            missing = [name for name in missing if name in trains or not name.startswith(WEIGHTS)]
+        alias_names = {WEIGHTS + name for name in aliases(engine.module)}
+        unexpected = sorted(have - all_wanted - alias_names)
+        if self._options.strict and self._options.custom is None and (missing or unexpected):
+            raise CheckpointError(
+                f"{self._reader.path} is of another model",
+                got="; ".join(
+                    [f"missing: {_listed(missing)}"] * bool(missing)
+                    + [f"unknown: {_listed(unexpected)}"] * bool(unexpected)
+                ),
+                expected="the same parameters and buffers",
+                do="build the model as it was saved, or pass load_module_strict=False to load what has the same name",
+            )
+
+    def _groups(self) -> list[Mapping[str, Any]]:
+        groups: list[Mapping[str, Any]] = self._state["optimizer"]["groups"]
+        return groups
+
+    # --- the change ---------------------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Overwrite what is held here. Not collective."""
+        engine = self._engine
+        decoder = Decoder(self._fetch, allow_pickle=engine.settings.checkpoint.allow_pickle)
+        wanted = {key: value for key, value in self._state.items() if key != "ranks"}
+        wanted["random"] = None
+        if len(self._state["ranks"]) == engine.world_size:
+            wanted["random"] = self._state["ranks"][engine.global_rank]["random"]
+        self._plain = decoder.decode(wanted)
+        self._reader.read([*self._targets, *(_target(self._reader, n, flat) for n, flat in self._decoded.items())])
+
+    def finish(self) -> dict[str, Any]:
+        """Let everything follow what was read; returns the client's state. Collective."""
+        engine, state = self._engine, self._plain
+        if self._options.custom is not None:
+            self._load_custom(self._options.custom)
+        else:
+            engine.strategy.adopt_masters()
+        for name, owner in extra_states(engine.module):
+            if name in state["module"]["extra"]:
+                owner.set_extra_state(state["module"]["extra"][name])
+        if not self._options.module_only:
+            self._restore_rest(state)
+        return dict(state["client"])
+
+    def _fetch(self, name: str) -> torch.Tensor:
+        form = self._reader.record(name).form
+        if name not in self._decoded:
+            self._decoded[name] = torch.empty(form.numel, dtype=form.dtype)
+        return in_shape(self._decoded[name], form)
+
+    def _load_custom(self, custom: Callable[[Mapping[str, Any], torch.nn.Module], Any]) -> None:
+        state = whole_state_dict(self._reader)
+        with self._engine.strategy.materialize():
+            custom(state, self._engine.module)
+            changed = {name: value.detach().clone() for name, value in self._engine.module.state_dict().items()}
+        exact = {name: state.get(name, value) for name, value in changed.items()}
+        taken = {n: exact[n] if torch.equal(exact[n].to(v.dtype), v) else v for n, v in changed.items()}
+        load_weights(self._engine.module, self._engine.strategy, taken, strict=True)
+
+    def _restore_rest(self, state: Mapping[str, Any]) -> None:
+        engine = self._engine
+        if self._optimizer is not None:
+            self._optimizer.finish()
+            restore_groups(engine, state["optimizer"])
+        schedule = getattr(engine.lr_scheduler, "load_state_dict", None)
+        if self._options.schedule and callable(schedule) and state["schedule"] is not None:
+            schedule(state["schedule"])
+        engine.clock.load_state_dict(state["clock"])
+        if engine.core is not None:
+            engine.core.scaler.load_state_dict(state["scaler"])
+        if engine.training_dataloader is not None and state["loader"] is not None:
+            engine.training_dataloader.load_state_dict(state["loader"])
+        if state["random"] is not None:
+            random_state.restore(state["random"], engine.device)
+        elif engine.global_rank == 0:
+            logger().info(
+                f"saved by {len(self._state['ranks'])} ranks and loaded by {engine.world_size}: "
+                "each rank keeps its present random state"
+            )
+
+
+def _target(reader: Reader, name: str, flat: torch.Tensor) -> Fragment:
+    return Fragment(name, reader.record(name).form, 0, flat)
+
+
+def whole_state_dict(reader: Reader) -> dict[str, torch.Tensor]:
+    """The module's state dict as the checkpoint has it, in the precision of its masters, tied names included."""
+    names = [name for name in reader.tensors if name.startswith((WEIGHTS, BUFFERS))]
+    values = reader.several(names)
+    state = {name.split("/", 1)[1]: value for name, value in values.items()}
+    module = reader.manifest.state.get("module", {})
+    state.update({alias: state[name] for alias, name in module.get("aliases", {}).items() if name in state})
+    return state
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = list(names)
+    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")

@@ -1,0 +1,80 @@
+"""Owns what the plain state of an engine's checkpoint has to look like before anyone relies on it.
+
+Knows nothing of tensors: their names in it are looked up elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from deepcore.checkpoint.reader import Reader
+from deepcore.errors import CheckpointError
+
+_COUNTERS = ("micro_steps", "global_steps", "skipped_steps", "global_samples")
+
+
+def require_state(reader: Reader) -> Mapping[str, Any]:
+    """The manifest's state, if an engine wrote it.
+
+    Raises:
+        CheckpointError: something is missing in it, or of another kind.
+    """
+    state = reader.manifest.state
+    complaint = _complaint(state)
+    if complaint:
+        raise CheckpointError(
+            f"the state in {reader.path} is not what an engine writes",
+            got=complaint,
+            expected="the manifest of engine.save_checkpoint()",
+            do="load another checkpoint; this one was changed by hand or written by another program",
+        )
+    return state
+
+
+def _complaint(state: Mapping[str, Any]) -> str:
+    checks: dict[str, Callable[[Any], bool]] = {
+        "clock": lambda v: isinstance(v, dict) and all(_is_count(v.get(key)) for key in _COUNTERS),
+        "scaler": lambda v: v is None or (isinstance(v, list) and len(v) == 3 and all(_is_number(x) for x in v)),
+        "schedule": lambda v: v is None or isinstance(v, dict),
+        "loader": lambda v: (
+            v is None or (isinstance(v, dict) and _is_count(v.get("epoch")) and _is_count(v.get("samples")))
+        ),
+        "optimizer": lambda v: v is None or _is_optimizer(v),
+        "module": lambda v: isinstance(v, dict) and all(isinstance(v.get(key), dict) for key in ("aliases", "extra")),
+        "client": lambda v: isinstance(v, dict),
+        "ranks": lambda v: isinstance(v, list) and all(_is_rank(entry) for entry in v),
+    }
+    return next((f"{key}: {str(state.get(key))[:80]}" for key, good in checks.items() if not good(state.get(key))), "")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_optimizer(value: Any) -> bool:
+    groups = value.get("groups") if isinstance(value, dict) else None
+    return (
+        isinstance(groups, list)
+        and isinstance(value.get("kind"), str)
+        and all(
+            isinstance(group, dict)
+            and isinstance(group.get("options"), dict)
+            and isinstance(group.get("params"), list)
+            and all(isinstance(name, str) for name in group["params"])
+            for group in groups
+        )
+    )
+
+
+def _is_rank(value: Any) -> bool:
+    states = value.get("optimizer", {}) if isinstance(value, dict) else None
+    return (
+        isinstance(states, dict)
+        and isinstance(value.get("random"), dict)
+        and all(isinstance(entries, dict) for entries in states.values())
+    )
