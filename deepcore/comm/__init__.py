@@ -2,10 +2,12 @@
 
 Refuses to know engines: theirs is the Mesh, and these functions act on the default group unless given another.
 As in torch, a collective with ``async_op=True`` returns a ``torch.distributed.Work``, else None when it is done.
+All are on the record by which ranks are compared (``order``): one that other ranks do not issue is an error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from deepcore.comm import collectives, setup
+from deepcore.comm import collectives, objects, setup
+from deepcore.comm.collectives import Work
+from deepcore.comm.order import ANY
 from deepcore.comm.setup import World, init_distributed
+from deepcore.comm.watchdog import Line
 from deepcore.errors import CommError
 
 __all__ = [
@@ -65,46 +70,45 @@ def get_local_rank() -> int:
 
 def barrier(group: ProcessGroup | None = None, async_op: bool = False) -> Any:
     """Wait until every rank is here."""
-    _require()
-    return dist.barrier(group=group, async_op=async_op)
+    return _issue("barrier", None, group, async_op, lambda: dist.barrier(group=group, async_op=True))
 
 
 def all_reduce(
     tensor: Tensor, op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """Reduce ``tensor`` in place over the ranks."""
-    _require()
-    return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
+    issue = lambda: dist.all_reduce(tensor, op=op, group=group, async_op=True)  # noqa: E731
+    return _issue("all_reduce", tensor, group, async_op, issue)
 
 
 def broadcast(tensor: Tensor, src: int, group: ProcessGroup | None = None, async_op: bool = False) -> Any:
     """Copy ``tensor`` from global rank ``src`` into every rank's ``tensor``."""
-    _require()
-    return dist.broadcast(tensor, src, group=group, async_op=async_op)
+    issue = lambda: dist.broadcast(tensor, src, group=group, async_op=True)  # noqa: E731
+    return _issue(f"broadcast from rank {src}", tensor, group, async_op, issue)
 
 
 def all_gather(
     tensor_list: list[Tensor], tensor: Tensor, group: ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """Fill ``tensor_list`` with every rank's ``tensor``."""
-    _require()
-    return dist.all_gather(tensor_list, tensor, group=group, async_op=async_op)
+    issue = lambda: dist.all_gather(tensor_list, tensor, group=group, async_op=True)  # noqa: E731
+    return _issue("all_gather", tensor, group, async_op, issue)
 
 
 def all_gather_into_tensor(
     output_tensor: Tensor, tensor: Tensor, group: ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """Concatenate every rank's ``tensor`` into ``output_tensor``."""
-    _require()
-    return collectives.torch_all_gather(output_tensor, tensor, group=group, async_op=async_op)
+    issue = lambda: collectives.torch_all_gather(output_tensor, tensor, group=group, async_op=True)  # noqa: E731
+    return _issue("all_gather_into_tensor", tensor, group, async_op, issue)
 
 
 def reduce_scatter_tensor(
     output: Tensor, tensor: Tensor, op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """Reduce ``tensor`` over the ranks and leave this rank's part in ``output``."""
-    _require()
-    return collectives.torch_reduce_scatter(output, tensor, op=op, group=group, async_op=async_op)
+    issue = lambda: collectives.torch_reduce_scatter(output, tensor, op=op, group=group, async_op=True)  # noqa: E731
+    return _issue("reduce_scatter_tensor", tensor, group, async_op, issue)
 
 
 def all_to_all_single(
@@ -116,8 +120,16 @@ def all_to_all_single(
     async_op: bool = False,
 ) -> Any:
     """Send slice i of ``tensor`` to rank i, receive rank i's slice as slice i of ``output``."""
-    _require()
-    return dist.all_to_all_single(output, tensor, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
+    return _issue(
+        "all_to_all_single",
+        tensor,
+        group,
+        async_op,
+        lambda: dist.all_to_all_single(
+            output, tensor, output_split_sizes, input_split_sizes, group=group, async_op=True
+        ),
+        uneven=output_split_sizes is not None or input_split_sizes is not None,
+    )
 
 
 def broadcast_object_list(
@@ -125,13 +137,24 @@ def broadcast_object_list(
 ) -> None:
     """Replace ``object_list``'s entries by those of global rank ``src``; they are pickled."""
     _require()
-    dist.broadcast_object_list(object_list, src, group=group, device=device)
+    name = f"broadcast_object_list from rank {src}"
+
+    def send(what: str, tensor: Tensor) -> None:
+        issue = lambda: dist.broadcast(tensor, src, group=group, async_op=True)  # noqa: E731
+        _issue(name, tensor, group, False, issue, what=what, uneven=True)
+
+    objects.broadcast(object_list, is_source=dist.get_rank() == src, device=device or _device(group), send=send)
 
 
 def all_gather_object(object_list: list[Any], obj: Any, group: ProcessGroup | None = None) -> None:
     """Fill ``object_list`` with every rank's ``obj``; they are pickled."""
     _require()
-    dist.all_gather_object(object_list, obj, group=group)
+
+    def collect(what: str, output: Tensor, tensor: Tensor) -> None:
+        issue = lambda: collectives.torch_all_gather(output, tensor, group=group, async_op=True)  # noqa: E731
+        _issue("all_gather_object", tensor, group, False, issue, what=what)
+
+    objects.gather(object_list, obj, size=dist.get_world_size(group), device=_device(group), collect=collect)
 
 
 def new_group(
@@ -148,6 +171,46 @@ def destroy_process_group(group: ProcessGroup | None = None) -> None:
         setup.destroy()
     elif is_initialized():
         dist.destroy_process_group(group)
+
+
+def _issue(
+    op: str,
+    tensor: Tensor | None,
+    group: ProcessGroup | None,
+    async_op: bool,
+    issue: Callable[[], Any],
+    *,
+    what: str = "",
+    uneven: bool = False,
+) -> Any:
+    """Record a collective, issue it, and wait unless ``async_op``; ``what`` and ``uneven`` as in ``Axis``."""
+    _require()
+    line = _line(group)
+    place, numel = 0, 0 if tensor is None else tensor.numel()
+    if line is not None:
+        place = line.note(op, ANY if uneven else numel, None if tensor is None else tensor.dtype, what)
+    work = issue()
+    if line is not None and line.on_device and work is not None:
+        line.watch.follow(line.record, place, work)
+    if async_op or work is None:  # None: this rank is not in the group
+        return work
+    pending = collectives.watched(work, None if line is None or line.on_device else line.watch)
+    Work("world" if line is None else line.record.title, op, numel, pending, line, place).wait()
+    return None
+
+
+def _device(group: ProcessGroup | None) -> torch.device:
+    """Where tensors that travel on ``group`` are."""
+    nccl = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def _line(group: ProcessGroup | None) -> Line | None:
+    watch = setup.watch()
+    group = dist.group.WORLD if group is None else group
+    if watch is None or group is None or dist.get_rank(group) < 0:
+        return None
+    return watch.line(group)
 
 
 def _require() -> None:

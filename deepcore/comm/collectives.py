@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepcore.comm import setup
 from deepcore.errors import CommError
 
 if TYPE_CHECKING:
     from deepcore.comm.setup import World
+    from deepcore.comm.watchdog import Line, Watch
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # What Gloo and NCCL both accept. Other dtypes move as bytes and cannot be reduced.
@@ -77,7 +79,7 @@ class Transport(Protocol):
 
 def make_transport(world: World) -> Transport:
     """The transport of ``world``; the one place that tests replace with a double."""
-    return TorchTransport(staged=world.backend == "gloo")
+    return TorchTransport(staged=world.backend == "gloo", watch=setup.watch())
 
 
 class Work:
@@ -87,11 +89,19 @@ class Work:
     not the host.
     """
 
-    __slots__ = ("_error", "_pending", "axis", "numel", "op")
+    __slots__ = ("_error", "_line", "_pending", "_place", "axis", "numel", "op")
 
-    def __init__(self, axis: str, op: str, numel: int, pending: Pending | None = None) -> None:
+    def __init__(
+        self,
+        axis: str,
+        op: str,
+        numel: int,
+        pending: Pending | None = None,
+        line: Line | None = None,
+        place: int = 0,
+    ) -> None:
         self.axis, self.op, self.numel = axis, op, numel
-        self._pending = pending
+        self._pending, self._line, self._place = pending, line, place
         self._error: CommError | None = None
 
     def done(self) -> bool:
@@ -102,18 +112,37 @@ class Work:
         """Return when the result may be used; later calls return at once.
 
         Raises:
-            CommError: the collective failed, here or on another rank; every later call raises it again.
+            CommError: the collective failed, here or on another rank, or ranks are found to issue different ones;
+                every later call raises it again.
         """
         if self._error is not None:
             raise self._error
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        line = self._line
+        if line is not None:
+            line.record.awaited = self._place
         try:
             pending.wait()
+        except CommError as error:
+            self._error = error
+            raise
         except RuntimeError as error:
-            self._error = failed(self.axis, self.op, self.numel, error)
+            self._error = self._reason(error)
             raise self._error from error
+        finally:
+            if line is not None:
+                line.record.awaited = None
+
+    def _reason(self, error: Exception) -> CommError:
+        """Why torch lost the collective: what the ranks' records say, else its own words."""
+        if self._line is not None:
+            try:
+                self._line.watch.explain()
+            except CommError as known:
+                return known
+        return failed(self.axis, self.op, self.numel, error)
 
 
 def failed(axis: str, op: str, numel: int, error: Exception) -> CommError:
@@ -131,10 +160,12 @@ class TorchTransport:
 
     Args:
         staged: copy CUDA tensors through host memory, for Gloo groups whose ranks share a GPU.
+        watch: ends waits on the host that cannot end well.
     """
 
-    def __init__(self, *, staged: bool = False) -> None:
+    def __init__(self, *, staged: bool = False, watch: Watch | None = None) -> None:
         self._staged = staged
+        self._watch = watch if staged else None  # elsewhere a wait with a limit would block the host
 
     def all_reduce(self, tensor: Tensor, op: str, group: dist.ProcessGroup) -> Pending:
         _check_reducible(tensor, "all_reduce")
@@ -177,7 +208,7 @@ class TorchTransport:
         return self._landing(work, output, out)
 
     def barrier(self, group: dist.ProcessGroup) -> Pending:
-        return _issued(dist.barrier(group=group, async_op=True))
+        return watched(dist.barrier(group=group, async_op=True), self._watch)
 
     def discard(self, tensor: Tensor) -> None:
         return None
@@ -195,7 +226,7 @@ class TorchTransport:
         return flat.to("cpu", copy=True) if read else torch.empty(flat.shape, dtype=flat.dtype, device="cpu")
 
     def _landing(self, work: dist.Work | None, tensor: Tensor, carrier: Tensor) -> Pending:
-        pending = _issued(work)
+        pending = watched(work, self._watch)
         return _Staged(pending, tensor, carrier) if self._is_staged(tensor) else pending
 
 
@@ -213,9 +244,25 @@ class _Staged:
         return self._pending.is_completed()
 
 
-def _issued(work: dist.Work | None) -> Pending:
+class _Watched:
+    """A collective whose wait on the host a watch may end."""
+
+    __slots__ = ("_watch", "_work")
+
+    def __init__(self, work: dist.Work, watch: Watch) -> None:
+        self._work, self._watch = work, watch
+
+    def wait(self) -> None:
+        self._watch.wait(self._work)
+
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
+
+def watched(work: dist.Work | None, watch: Watch | None) -> Pending:
+    """What torch returned, its wait guarded by ``watch``."""
     assert work is not None, "torch.distributed returned no work: this rank is not in the group"
-    return work
+    return work if watch is None else _Watched(work, watch)
 
 
 def _check_reducible(tensor: Tensor, op: str) -> None:

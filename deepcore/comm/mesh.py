@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepcore.comm import collectives, solo
+from deepcore.comm import collectives, setup, solo
 from deepcore.comm.collectives import Pending, Transport, Work
+from deepcore.comm.order import ANY
 from deepcore.comm.setup import World, current_world, init_distributed
+from deepcore.comm.watchdog import Line, Watch
 from deepcore.errors import CommError
 
 _DIMS = ("pp", "dp", "sp", "tp")
 _OPS = ("sum", "max", "min")
 CPU = torch.device("cpu")
+_Issue = Callable[[dist.ProcessGroup], Pending]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Axis:
     """This rank's line through the mesh along one dimension, and the collectives on it.
 
     Every collective returns a ``Work`` at once: the caller keeps the tensors alive and untouched until its ``wait``.
-    Tensors are contiguous. An axis of one rank issues nothing; gathers and scatters copy input to output.
+    Tensors are contiguous. An axis of one rank issues nothing; gathers and scatters copy input to output. ``what``
+    says in errors what travels; ranks are compared by it, so it is the same on all of them.
 
     Attributes:
         name: the axis's name in errors, e.g. ``dp``.
@@ -37,6 +41,7 @@ class Axis:
         group: its process group; None where size is 1.
         reduce_group: a second group for reductions, whose order is then free of that of gathers; None shares.
         device: where the rank's tensors are.
+        line, reduce_line: the records of the two groups; None where nothing is watched.
     """
 
     name: str
@@ -47,29 +52,33 @@ class Axis:
     transport: Transport
     reduce_group: dist.ProcessGroup | None = None
     device: torch.device = CPU
+    line: Line | None = None
+    reduce_line: Line | None = None
 
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
+    def all_reduce(self, tensor: Tensor, op: str = "sum", *, what: str = "") -> Work:
         """Reduce ``tensor`` in place over the axis; op is "sum", "max" or "min"."""
         assert op in _OPS, op
         group = self.reduce_group or self.group
-        return self._launch("all_reduce", tensor, group, lambda g: self.transport.all_reduce(tensor, op, g))
+        return self._launch("all_reduce", tensor, group, lambda g: self.transport.all_reduce(tensor, op, g), what)
 
-    def broadcast(self, tensor: Tensor, src_index: int = 0) -> Work:
+    def broadcast(self, tensor: Tensor, src_index: int = 0, *, what: str = "") -> Work:
         """Copy ``tensor`` from the rank at ``src_index`` of the axis into every rank's ``tensor``."""
         assert 0 <= src_index < self.size, (src_index, self.size)
-        return self._launch("broadcast", tensor, self.group, lambda g: self.transport.broadcast(tensor, src_index, g))
+        name = f"broadcast from rank {self.ranks[src_index]}"
+        issue: _Issue = lambda g: self.transport.broadcast(tensor, src_index, g)  # noqa: E731
+        return self._launch(name, tensor, self.group, issue, what)
 
-    def all_gather_into(self, output: Tensor, input: Tensor) -> Work:
+    def all_gather_into(self, output: Tensor, input: Tensor, *, what: str = "") -> Work:
         """Concatenate every rank's ``input`` (numel n) into ``output`` (numel size x n), in axis order."""
         assert output.numel() == self.size * input.numel(), (output.shape, input.shape, self.size)
         assert output.dtype == input.dtype, (output.dtype, input.dtype)
         if self.size == 1:
             return self._copied("all_gather_into", output, input)
         return self._launch(
-            "all_gather_into", output, self.group, lambda g: self.transport.all_gather_into(output, input, g)
+            "all_gather_into", output, self.group, lambda g: self.transport.all_gather_into(output, input, g), what
         )
 
-    def reduce_scatter_into(self, output: Tensor, input: Tensor, op: str = "sum") -> Work:
+    def reduce_scatter_into(self, output: Tensor, input: Tensor, op: str = "sum", *, what: str = "") -> Work:
         """Reduce ``input`` (numel size x n) over the axis and leave this rank's n elements in ``output``."""
         assert input.numel() == self.size * output.numel(), (output.shape, input.shape, self.size)
         assert output.dtype == input.dtype, (output.dtype, input.dtype)
@@ -78,7 +87,11 @@ class Axis:
             return self._copied("reduce_scatter_into", output, input)
         group = self.reduce_group or self.group
         return self._launch(
-            "reduce_scatter_into", input, group, lambda g: self.transport.reduce_scatter_into(output, input, op, g)
+            "reduce_scatter_into",
+            input,
+            group,
+            lambda g: self.transport.reduce_scatter_into(output, input, op, g),
+            what,
         )
 
     def all_to_all_into(
@@ -87,6 +100,8 @@ class Axis:
         input: Tensor,
         out_splits: Sequence[int] | None = None,
         in_splits: Sequence[int] | None = None,
+        *,
+        what: str = "",
     ) -> Work:
         """Send slice i of ``input`` to rank i; receive rank i's slice as slice i of ``output``.
 
@@ -102,19 +117,20 @@ class Axis:
             input,
             group,
             lambda g: self.transport.all_to_all_into(output, input, out_splits, in_splits, g),
-            may_skip=out_splits is None and in_splits is None,
+            what,
+            uneven=out_splits is not None or in_splits is not None,
         )
 
     def barrier(self) -> Work:
         """A point that no rank of the axis passes before all have reached it."""
         return self._launch("barrier", None, self.group, self.transport.barrier)
 
-    def vote(self, flag: bool) -> bool:
+    def vote(self, flag: bool, *, what: str = "") -> bool:
         """Whether ``flag`` is set on any rank of the axis. Waits; ordered with the gathers, not the reductions."""
         if self.group is None:
             return flag
         ballot = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
-        self._launch("vote", ballot, self.group, lambda g: self.transport.all_reduce(ballot, "max", g)).wait()
+        self._launch("vote", ballot, self.group, lambda g: self.transport.all_reduce(ballot, "max", g), what).wait()
         return bool(ballot.item())
 
     def discard(self, tensor: Tensor) -> None:
@@ -126,19 +142,30 @@ class Axis:
         op: str,
         tensor: Tensor | None,
         group: dist.ProcessGroup | None,
-        issue: Callable[[dist.ProcessGroup], Pending],
-        may_skip: bool = True,
+        issue: _Issue,
+        what: str = "",
+        uneven: bool = False,
     ) -> Work:
-        """Issue on ``group``; nothing where the axis has one rank or every rank's ``tensor`` is empty."""
+        """Issue on ``group``; nothing where the axis has one rank or every rank's ``tensor`` is empty.
+
+        ``uneven``: ranks may have different numbers of elements.
+        """
         numel = 0 if tensor is None else tensor.numel()
-        if group is None or (may_skip and tensor is not None and numel == 0):
+        if group is None or (not uneven and tensor is not None and numel == 0):
             return Work(self.name, op, numel)
+        line = self.line if group is self.group else self.reduce_line
+        place = 0
+        if line is not None:
+            place = line.note(op, ANY if uneven else numel, None if tensor is None else tensor.dtype, what)
         try:
-            return Work(self.name, op, numel, issue(group))
+            pending = issue(group)
         except CommError:
             raise
         except RuntimeError as error:
             raise collectives.failed(self.name, op, numel, error) from error
+        if line is not None and line.on_device:
+            line.watch.follow(line.record, place, pending)
+        return Work(self.name, op, numel, pending, line, place)
 
     def _copied(self, op: str, output: Tensor, input: Tensor) -> Work:
         if output.data_ptr() != input.data_ptr():
@@ -185,6 +212,8 @@ class Mesh:
     world: Axis
     _made: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
     _alone: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
+    _watch: Watch | None = field(default=None, repr=False)
+    _serial: str = ""
 
     @classmethod
     def build(cls, world: World, pp: int = 1, sp: int = 1, tp: int = 1, *, separate_reductions: bool = False) -> Mesh:
@@ -196,17 +225,19 @@ class Mesh:
             CommError: the sizes do not divide the world.
         """
         sizes = _sizes(world.size, pp, sp, tp)
-        builder = _Builder(world, collectives.make_transport(world))
+        watch = setup.watch()
+        builder = _Builder(world, collectives.make_transport(world), watch)
         axes = {dim: builder.axis(dim, _lines(sizes, (dim,))) for dim in _DIMS}
         zero = builder.axis("dp x sp", _lines(sizes, ("dp", "sp"))) if sizes["sp"] > 1 else axes["dp"]
         if zero.size > 1 and zero.ranks == axes["sp"].ranks:
             # Attention on sp and reductions on dp x sp are ordered each by itself: ranks may interleave them otherwise.
-            axes["sp"] = replace(axes["sp"], group=builder.another(axes["sp"], _lines(sizes, ("sp",))))
+            axes["sp"] = builder.with_own_group(axes["sp"], _lines(sizes, ("sp",)))
         if separate_reductions:
             zero = builder.with_reduce_group(zero, _lines(sizes, ("dp", "sp")))
         whole = builder.axis("world", [tuple(range(world.size))])
         pp_axis, dp_axis, sp_axis, tp_axis = (axes[dim] for dim in _DIMS)
-        return cls(pp_axis, dp_axis, sp_axis, tp_axis, zero_axis=zero, world=whole, _made=builder.made)
+        mesh = cls(pp_axis, dp_axis, sp_axis, tp_axis, zero_axis=zero, world=whole, _made=builder.made, _watch=watch)
+        return replace(mesh, _serial=watch.next_engine()) if watch is not None else mesh
 
     def group_of(self, axis: Axis) -> dist.ProcessGroup:
         """A process group on the ranks of ``axis``, for torch's own collectives, also where that is this rank alone.
@@ -233,6 +264,11 @@ class Mesh:
     def norm_axes(self) -> tuple[Axis, ...]:
         return tuple(axis for axis in (self.zero_axis, self.tp, self.pp) if axis.size > 1)
 
+    def note_dead(self, reason: str) -> None:
+        """This rank takes part in none of the mesh's collectives any more; ranks that wait for it learn why."""
+        if self._watch is not None:
+            self._watch.note_dead(self._serial, reason)
+
     def destroy(self) -> None:
         """Destroy the groups that ``build`` made, in the same order on every rank; the world stays."""
         for axis in {id(a): a for a in (self.pp, self.dp, self.sp, self.tp, self.zero_axis, self.world)}.values():
@@ -249,8 +285,8 @@ class Mesh:
 class _Builder:
     """Makes each distinct partition of the ranks once; the whole world is the default group."""
 
-    def __init__(self, world: World, transport: Transport) -> None:
-        self._world, self._transport = world, transport
+    def __init__(self, world: World, transport: Transport, watch: Watch | None) -> None:
+        self._world, self._transport, self._watch = world, transport, watch
         self._known: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         self.made: list[dist.ProcessGroup] = []
 
@@ -258,13 +294,20 @@ class _Builder:
         mine = next(line for line in lines if self._world.rank in line)
         group = self._group(lines, mine) if len(mine) > 1 else None
         rank, device = mine.index(self._world.rank), self._world.device
-        return Axis(name, rank, len(mine), mine, group, self._transport, device=device)
+        line = self._line(group, name)
+        return Axis(name, rank, len(mine), mine, group, self._transport, device=device, line=line)
 
     def with_reduce_group(self, axis: Axis, lines: list[tuple[int, ...]]) -> Axis:
         """``axis`` with a second group on the same ranks."""
         if axis.size == 1:
             return axis
-        return replace(axis, reduce_group=self.another(axis, lines))
+        group = self.another(axis, lines)
+        return replace(axis, reduce_group=group, reduce_line=self._line(group, f"{axis.name}, reductions"))
+
+    def with_own_group(self, axis: Axis, lines: list[tuple[int, ...]]) -> Axis:
+        """``axis`` with another group on the same ranks in place of its own."""
+        group = self.another(axis, lines)
+        return replace(axis, group=group, line=self._line(group, axis.name))
 
     def another(self, axis: Axis, lines: list[tuple[int, ...]]) -> dist.ProcessGroup:
         """A further group on the ranks of ``axis``, which is one of ``lines``."""
@@ -272,6 +315,9 @@ class _Builder:
         mine: dist.ProcessGroup = groups[axis.ranks]
         self.made.append(mine)
         return mine
+
+    def _line(self, group: dist.ProcessGroup | None, title: str) -> Line | None:
+        return None if group is None or self._watch is None else self._watch.line(group, title)
 
     def _group(self, lines: list[tuple[int, ...]], mine: tuple[int, ...]) -> dist.ProcessGroup:
         if len(mine) == self._world.size:

@@ -21,9 +21,11 @@ from deepcore.base import env
 from deepcore.base.log import logger
 from deepcore.comm import launch, solo
 from deepcore.comm.launch import LaunchInfo
+from deepcore.comm.watchdog import Watch
 from deepcore.errors import CommError
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+PATIENCE = 5  # seconds that a wait may last before ranks are compared
 _SETTLE = 0.05  # seconds
 
 
@@ -55,6 +57,7 @@ class _State:
     group: weakref.ref[dist.ProcessGroup] | None = None  # weak: the user's destroy must end its threads
     control: dist.ProcessGroup | None = None
     timeout: timedelta = DEFAULT_TIMEOUT
+    watch: Watch | None = None
     leaves_at_exit: bool = False
     had_peers: bool = False
 
@@ -137,11 +140,24 @@ def control_group() -> dist.ProcessGroup:
     return _state.control
 
 
+def watch() -> Watch | None:
+    """The watch over this process's collectives; None in a world of one, or where ``DEEPCORE_WATCHDOG`` is 0."""
+    world = current_world()
+    if world is None or world.size == 1:
+        return None
+    patience = env.integer("DEEPCORE_WATCHDOG", PATIENCE) or 0
+    if _state.watch is None and patience > 0:
+        store = dist.distributed_c10d._get_default_store()
+        _state.watch = Watch(store, world.rank, world.size, patience=patience)
+    return _state.watch
+
+
 def destroy() -> None:
     """Leave the world that we joined; an adopted one, and no world at all, are left alone."""
     world = current_world()
     if world is None:
         return
+    _stop_watch()
     if world.owned:
         dist.destroy_process_group()
     elif _state.control is not None and _state.control is not dist.group.WORLD:
@@ -149,7 +165,14 @@ def destroy() -> None:
     _forget()
 
 
+def _stop_watch() -> None:
+    held, _state.watch = _state.watch, None
+    if held is not None:
+        held.stop()
+
+
 def _forget() -> None:
+    _stop_watch()
     _state.world = _state.group = _state.control = None
 
 
@@ -166,6 +189,7 @@ def _keep(world: World) -> World:
 
 
 def _leave_at_exit() -> None:
+    _stop_watch()  # its thread may not outlive the interpreter
     # After an uncaught exception the other ranks are in some collective: leaving politely could wait for them.
     if getattr(sys, "last_value", None) is None:
         destroy()

@@ -108,6 +108,7 @@ def build_parts(
     scaler = LossScaler(scaler_from(settings), world.device)
     step = StepSettings(settings.gradient_clipping, _num_replicas(mesh, settings), _checks_finite(settings))
     core = TrainCore(strategy, optimizer, scaler, clock, step, LateThaws(model, grouping.held), TokenCount(axis))
+    core.on_death = mesh.note_dead
     return Parts(strategy, core, clock, casts, base, Holdings(strategy, axis, groups, optimizer, lambda: core.unscale))
 
 

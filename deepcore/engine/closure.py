@@ -36,7 +36,7 @@ class ClosureEvaluator:
         if loss is None:
             return None
         mean = torch.as_tensor(loss, device=self._core.strategy.arena.device).detach().double().reshape(1)
-        self._axis.all_reduce(mean, op="sum").wait()
+        self._axis.all_reduce(mean, op="sum", what="the closure's loss").wait()
         return (mean / self._axis.size).float().reshape(())
 
     def again(self, closure: Callable[[], Any]) -> tuple[Any, GradientVerdict]:

@@ -6,7 +6,8 @@ Knows nothing of data, configs or which ZeRO stage is active.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ class TrainCore:
         tokens: TokenCount,
     ) -> None:
         self._thaws, self._tokens = thaws, tokens
+        self.on_death: Callable[[str], None] = lambda reason: None  # told why this core refuses all further work
         self.strategy, self.optimizer, self.scaler = strategy, optimizer, scaler
         self.clock, self.settings = clock, settings
         self.last_report: StepReport | None = None
@@ -125,7 +127,7 @@ class TrainCore:
             done = True
         finally:
             if not done:
-                self._abandon()
+                self._abandon(sys.exc_info()[1])
         self._backwards += 1
 
     @property
@@ -133,11 +135,12 @@ class TrainCore:
         """What turns reduced gradients into those of the user's loss: fp32 (1,), or 1.0."""
         return self.scaler.inverse * self._tokens.inverse
 
-    def _abandon(self) -> None:
+    def _abandon(self, cause: BaseException | None) -> None:
         self._backwards = 0
         self._tokens.clear()
         if not self.strategy.abandon():
-            self._dead = "an error in backward left collectives half done on this rank"
+            words = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            self.kill(f"an error in backward left collectives half done on this rank: {words}")
 
     def optimizer_step(self) -> None:
         """A full step: reduce what is unreduced, judge the gradients, update, publish, end the window."""
@@ -185,6 +188,7 @@ class TrainCore:
     def kill(self, reason: str) -> None:
         """Refuse all further work, with this reason."""
         self._dead = reason
+        self.on_death(reason)
 
     def begin_load(self) -> None:
         """State is about to be overwritten: drop the window, and refuse to train until ``finish_load``."""

@@ -42,13 +42,13 @@ def share_weights(module: torch.nn.Module, groups: Sequence[FlatGroup], axis: Ax
     """Give every rank of ``axis`` the first one's parameters and buffers; sharded groups have shared theirs."""
     if axis.size == 1:
         return
-    works = [axis.broadcast(group.full) for group in groups if not isinstance(group, ShardedGroup)]
+    works = [axis.broadcast(group.full, what=group.label) for group in groups if not isinstance(group, ShardedGroup)]
     grouped = {param for group in groups for param in group.params}
     rest = [param.data for param in module.parameters() if param not in grouped]
     for tensors in _by_dtype([*rest, *module.buffers()]):
         starts = torch.tensor([0, *(t.numel() for t in tensors[:-1])]).cumsum(0)
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        axis.broadcast(flat).wait()
+        axis.broadcast(flat, what="buffers and parameters of no group").wait()
         for tensor, start in zip(tensors, starts.tolist(), strict=True):
             tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
     for work in works:

@@ -49,7 +49,7 @@ class TokenCount:
         if self._local is None or self._inverse is not None:
             return
         total = self._local.clone()
-        self._axis.all_reduce(total).wait()
+        self._axis.all_reduce(total, what="count of tokens").wait()
         self._inverse = total.clamp_min(1.0).reciprocal().float()
 
     @property

@@ -42,6 +42,7 @@ class FlatGroup:
         layout: where each of them lives in the flat buffer.
         params: the parameters, in the layout's order; after ``adopt`` views of ``full``.
         names: their names in the module.
+        label: what errors call the group.
         full: the flat buffer, 1-D, ``layout.numel`` elements, padding zero. It begins in the dtype that the
             parameters came in; ``cast`` brings it to ``key.dtype``.
     """
@@ -51,6 +52,8 @@ class FlatGroup:
         self.dtypes = dtypes or GroupDtypes(self.key.dtype, self.key.dtype)
         self.names = [name for name, _ in plan.params]
         self.params = [param for _, param in plan.params]
+        more = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
+        self.label = f"'{self.names[0]}'{more}"
         for name, param in plan.params:
             _require_supported(name, param)
         self.strides = [scattered.stride_of(param) for param in self.params]

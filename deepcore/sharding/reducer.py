@@ -58,13 +58,14 @@ class GradReducer:
         self._gathers: list[Work] = []
         self.buffers = BufferPool()
 
-    def launch_all_in_order(self, flat: torch.Tensor, wire: torch.Tensor, divisor: float) -> None:
+    def launch_all_in_order(self, flat: torch.Tensor, wire: torch.Tensor, divisor: float, what: str) -> None:
         """As ``launch_all``, but summed in fp32 and in rank order: every rank sums its shard and gathers the others'.
 
         Args:
             flat: 1-D (size * n,): receives the sum, divided.
             wire: the same content in the dtype that travels; may be ``flat``.
             divisor: of the sum.
+            what: of whom, for errors.
         """
         if self.axis.size == 1:
             if divisor != 1:
@@ -73,7 +74,7 @@ class GradReducer:
         # Gathers are launched at these points only, so that all ranks interleave them with the sums alike.
         self.drain(leave=1)
         landing = self.buffers.take(wire.numel(), wire.dtype, wire.device)
-        work = self.axis.all_to_all_into(landing, wire)
+        work = self.axis.all_to_all_into(landing, wire, what=what)
         numel = flat.numel() // self.axis.size
         own = flat[self.axis.rank * numel : (self.axis.rank + 1) * numel]
 
@@ -82,7 +83,7 @@ class GradReducer:
             self.buffers.give(landing)
             if wire is not flat:
                 self.buffers.give(wire)
-            self._gathers.append(self.axis.all_gather_into(flat, own))
+            self._gathers.append(self.axis.all_gather_into(flat, own, what=what))
 
         self._pending.append(_Pending(work, complete))
 
@@ -92,10 +93,10 @@ class GradReducer:
         while self._gathers:
             self._gathers.pop(0).wait()
 
-    def launch_all(self, flat: torch.Tensor, dtype: torch.dtype, divisor: float) -> None:
+    def launch_all(self, flat: torch.Tensor, dtype: torch.dtype, divisor: float, what: str) -> None:
         """Begin to replace ``flat`` (1-D) by its sum over the axis, divided; ``dtype`` is what travels."""
         wire = flat if flat.dtype == dtype or self.axis.size == 1 else flat.to(dtype)
-        work = self.axis.all_reduce(wire, op="sum")
+        work = self.axis.all_reduce(wire, op="sum", what=what)
 
         def complete() -> None:
             if wire is not flat:
@@ -106,7 +107,14 @@ class GradReducer:
         self._pending.append(_Pending(work, complete))
 
     def launch_shard(
-        self, wire: torch.Tensor, out: torch.Tensor, *, accumulate: bool, divisor: float, done: Callable[[], None]
+        self,
+        wire: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        accumulate: bool,
+        divisor: float,
+        what: str,
+        done: Callable[[], None],
     ) -> None:
         """Begin to put this rank's shard of the sum of ``wire`` over the axis into ``out``, divided.
 
@@ -115,10 +123,11 @@ class GradReducer:
             out: 1-D (n,).
             accumulate: add to ``out``.
             divisor: of the sum.
+            what: of whom, for errors.
             done: called when ``wire`` is free again.
         """
         landing = self.buffers.take(wire.numel(), wire.dtype, wire.device) if self.axis.size > 1 else wire
-        work = self.axis.all_to_all_into(landing, wire)
+        work = self.axis.all_to_all_into(landing, wire, what=what)
 
         def complete() -> None:
             torch.ops.deepcore.bucket_sum_(out, landing, accumulate, divisor)

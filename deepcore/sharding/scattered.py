@@ -67,7 +67,7 @@ class Scattered:
         flat = param.data.as_strided((self.numel,), (1,))
         if source is not None and self.axis.size > 1:
             wire = flat.to(self.axis.device)
-            self.axis.broadcast(wire, source).wait()
+            self.axis.broadcast(wire, source, what=f"a parameter of shape {self.shape}").wait()
             if wire is not flat:
                 flat.copy_(wire)
         self._keep_part(flat)

@@ -50,7 +50,7 @@ class ShardedGroup(FlatGroup):
 
     def settle(self, axis: Axis) -> None:
         """FULL to SHARDED for the first time: all ranks take the first one's weights, and keep their shard of them."""
-        axis.broadcast(self.full).wait()
+        axis.broadcast(self.full, what=self.label).wait()
         self._begin, end = self.layout.shard_range(axis.rank)
         weights, self._master = super().claim(self._begin, end)
         self.shard = weights.clone()
@@ -67,7 +67,7 @@ class ShardedGroup(FlatGroup):
         assert self.residency is Residency.SHARDED, self.residency
         self._require_untouched()
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
-        self._work = axis.all_gather_into(self.full, self.shard)
+        self._work = axis.all_gather_into(self.full, self.shard, what=self.label)
         self.residency = Residency.GATHERING
 
     def finish_unshard(self) -> None:

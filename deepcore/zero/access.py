@@ -113,7 +113,7 @@ def safe_get_full_grad(param: torch.nn.Parameter) -> Tensor | None:
     if held.number is None:
         return None
     window = strategy.window_gradient(held.number, held.index)
-    if not axis.vote(window.used):
+    if not axis.vote(window.used, what=f"whether '{held.name}' has a gradient"):
         return None
     flat = torch.zeros(held.slot.numel, device=axis.device)
     if window.reduced:
@@ -122,7 +122,7 @@ def safe_get_full_grad(param: torch.nn.Parameter) -> Tensor | None:
             flat.copy_(whole.values)
     if window.unreduced:
         local = torch.zeros_like(flat) if window.local is None else window.local.to(torch.float32, copy=True)
-        axis.all_reduce(local, op="sum").wait()
+        axis.all_reduce(local, op="sum", what=held.name).wait()
         flat += local.div_(window.divisor)
     return in_shape(flat.mul_(inverse_scale(held)), held)
 

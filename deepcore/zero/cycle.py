@@ -12,6 +12,8 @@ from deepcore.comm.mesh import Axis
 from deepcore.errors import UsageError
 from deepcore.zero.unit import Unit
 
+_ANOTHER = "whether any rank needs another cycle of weights"
+
 
 class GatherCycle:
     """Hands out full units, in step with the other ranks.
@@ -121,11 +123,11 @@ class GatherCycle:
                 expected="the order of the first pass on every rank",
                 do='set "zero_optimization": {"stage3_uniform_control_flow": false}',
             )
-        self._axis.vote(True)
+        self._axis.vote(True, what=_ANOTHER)
 
     def close(self) -> None:
         """End the pass: join what is left, and further cycles as long as any rank needs one."""
         self._finish()
-        while not self._uniform and self._axis.vote(False):
+        while not self._uniform and self._axis.vote(False, what=_ANOTHER):
             self._position = 0
             self._finish()

@@ -35,7 +35,9 @@ class Exchange:
         self._wire = self._like.new_empty(sum(self._in_splits))
         self._landing = self._like.new_empty(sum(self._out_splits))
         torch.ops.deepcore.flatten_(self._wire, self._sends, self._send_starts)
-        self._work = self._axis.all_to_all_into(self._landing, self._wire, self._out_splits, self._in_splits)
+        self._work = self._axis.all_to_all_into(
+            self._landing, self._wire, self._out_splits, self._in_splits, what="parts of whole parameters"
+        )
 
     def finish(self) -> None:
         """Complete what was launched."""

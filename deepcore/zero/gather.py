@@ -109,12 +109,12 @@ class GatheredParameters:
             source = axis.ranks.index(self._modifier)
             if held.group is None:
                 flat = held.param.data.contiguous()
-                axis.broadcast(flat, source).wait()
+                axis.broadcast(flat, source, what=held.name).wait()
                 if flat.data_ptr() != held.param.data_ptr():
                     held.param.data.copy_(flat)
                 continue
             weights = take_back(held.group, held.index)
-            axis.broadcast(weights, source).wait()
+            axis.broadcast(weights, source, what=held.name).wait()
             keep_weights(held, weights)
 
     def _require_unchanged(self) -> None:

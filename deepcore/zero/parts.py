@@ -79,7 +79,7 @@ def assemble(mine: Part | None, axis: Axis) -> Part | None:
             if rank == axis.rank:
                 assert mine is not None
                 piece.copy_(mine.values)
-            works.append(axis.broadcast(piece, rank))
+            works.append(axis.broadcast(piece, rank, what="a part of a tensor that is asked for"))
             covered = end
     for work in works:
         work.wait()
@@ -94,6 +94,7 @@ def _tell(mine: Part | None, axis: Axis) -> list[list[int]]:
         described = [_DTYPES.index(mine.values.dtype) + 1, mine.offset, mine.values.numel(), len(mine.shape)]
         row[: 4 + len(mine.shape)] = [*described, *mine.shape]
     table = torch.empty(axis.size * len(row), dtype=torch.int64, device=axis.device)
-    axis.all_gather_into(table, torch.tensor(row, dtype=torch.int64, device=axis.device)).wait()
+    described_here = torch.tensor(row, dtype=torch.int64, device=axis.device)
+    axis.all_gather_into(table, described_here, what="who holds which part of a tensor").wait()
     found: list[list[int]] = table.view(axis.size, len(row)).tolist()
     return found

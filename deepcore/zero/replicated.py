@@ -43,7 +43,7 @@ class ReplicatedArena(PieceArena):
             *zip(self._masters, self.base.masters, strict=True),
             *zip(self._grads, self.base.grads, strict=True),
         ):
-            works.append(self._axis.all_gather_into(whole, shard))
+            works.append(self._axis.all_gather_into(whole, shard, what="masters or gradients for every rank"))
         for work in works:
             work.wait()
 

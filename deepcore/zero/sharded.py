@@ -111,7 +111,7 @@ class ShardedGradients(ZeroStrategy):
         return measure_shards(self.arena, self._window, self._axis)
 
     def agree(self, vector: torch.Tensor) -> None:
-        self._axis.all_reduce(vector, op="sum").wait()
+        self._axis.all_reduce(vector, op="sum", what="sums of squares").wait()
 
     def publish(self) -> None:
         gather_weights(self.groups, self._axis)

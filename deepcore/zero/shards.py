@@ -54,7 +54,12 @@ class ShardWindow:
     ) -> None:
         """Reduce ``wire`` into this rank's shard of group ``number``, on top of what the window put there."""
         reducer.launch_shard(
-            wire, self._arena.grads[number], accumulate=self._holds[number], divisor=self._divisor, done=done
+            wire,
+            self._arena.grads[number],
+            accumulate=self._holds[number],
+            divisor=self._divisor,
+            what=self._arena.groups[number].label,
+            done=done,
         )
         self._holds[number] = True
 
@@ -81,7 +86,7 @@ def measure_shards(arena: ShardArena, window: ShardWindow, axis: Axis) -> Gradie
     """One read of this rank's shards and one small all-reduce, in fp64."""
     window.share_use()
     vector = read_gradients(arena)
-    axis.all_reduce(vector, op="sum").wait()
+    axis.all_reduce(vector, op="sum", what="gradient norm and use flags").wait()
     return interpret(vector, arena)
 
 
@@ -92,6 +97,6 @@ def gather_weights(groups: Sequence[FlatGroup], axis: Axis) -> None:
     works = []
     for group in groups:
         begin, end = group.layout.shard_range(axis.rank)
-        works.append(axis.all_gather_into(group.full, group.full[begin:end]))
+        works.append(axis.all_gather_into(group.full, group.full[begin:end], what=group.label))
     for work in works:
         work.wait()

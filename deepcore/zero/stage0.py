@@ -94,9 +94,9 @@ class Stage0(ZeroStrategy):
         if self._in_order:
             # The sum of one pass is what autograd made: narrower than fp32, and nothing is lost on the way.
             dtype = dtypes.reduce or (gradients.group.key.dtype if narrow else flat.dtype)
-            self._reducer.launch_all_in_order(flat, self._as_wire(flat, dtype), self._divisor)
+            self._reducer.launch_all_in_order(flat, self._as_wire(flat, dtype), self._divisor, gradients.group.label)
         else:
-            self._reducer.launch_all(flat, dtypes.reduce or flat.dtype, self._divisor)
+            self._reducer.launch_all(flat, dtypes.reduce or flat.dtype, self._divisor, gradients.group.label)
 
     def _as_wire(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if dtype == flat.dtype or self._axis.size == 1:
@@ -107,7 +107,7 @@ class Stage0(ZeroStrategy):
         """Agree on which parameters were used by any rank, wait for the sums, and add those of extra passes."""
         live = [flag for gradients in self._current for flag in gradients.live]
         used = on_device(live, torch.uint8, self.arena.device)
-        agreement = self._axis.all_reduce(used, op="max")
+        agreement = self._axis.all_reduce(used, op="max", what="use flags")
         self._reducer.finish()
         agreement.wait()
         for total, extra in zip(self._sums, self._extras, strict=False):

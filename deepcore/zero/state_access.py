@@ -31,7 +31,7 @@ def safe_get_full_optimizer_state(param: torch.nn.Parameter, key: str) -> Tensor
     keys, mine = _state_part(held, key)
     whole = assemble(mine, axis)
     if whole is None:
-        if axis.vote(bool(keys)):
+        if axis.vote(bool(keys), what=f"state of '{held.name}'"):
             raise _no_state(held, key, keys)
         return None
     return in_shape(whole.values, held) if whole.shape == form(held) else whole.values.view(whole.shape)
@@ -45,7 +45,7 @@ def safe_set_full_optimizer_state(param: torch.nn.Parameter, value: Tensor, key:
     """
     held = holdings.require(param)
     keys, mine = _state_part(held, key)
-    if not held.holdings.axis.vote(mine is not None):
+    if not held.holdings.axis.vote(mine is not None, what=f"state of '{held.name}'"):
         raise _no_state(held, key, keys)
     if mine is None:
         return

@@ -163,9 +163,9 @@ class UnitTraffic:
         missing = [index for index in planned if index not in traced]
         order = torch.tensor([*trace, *missing], dtype=torch.int64, device=self._axis.device)
         length = torch.tensor([len(order)], dtype=torch.int64, device=self._axis.device)
-        self._axis.broadcast(length).wait()
+        self._axis.broadcast(length, what="order of units").wait()
         agreed = order if self._axis.rank == 0 else torch.empty_like(order).resize_(int(length))
-        self._axis.broadcast(agreed).wait()
+        self._axis.broadcast(agreed, what="order of units").wait()
         return [int(index) for index in agreed.tolist()]
 
     @property

@@ -101,8 +101,10 @@ def lose_a_rank():
             work.wait()
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
-    assert "all_reduce on axis 'dp' failed" in texts[0]
-    assert "7 elements" in texts[0]
+    # The first where the watch was too busy to find out why.
+    assert "all_reduce on axis 'dp' failed\n  got:      7 elements" in texts[0] or (
+        "rank 0 waits for rank 1, which will not come" in texts[0] and "all_reduce of 7 float32" in texts[0]
+    )
     raise caught.value
 
 
