@@ -50,3 +50,7 @@ class CheckpointError(DeepcoreError, RuntimeError):
 
 class BuildError(DeepcoreError, RuntimeError):
     """A native library could not be compiled or loaded."""
+
+
+class StorageError(DeepcoreError, RuntimeError):
+    """A file of offloaded state could not be made, read or written."""

@@ -6,7 +6,7 @@ Knows nothing of files, of ranks, or of what a name stands for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,7 @@ class Fragment:
         offset: of the first element.
         values: 1-D (n,); when loading it may have another dtype than the file.
         home: the whole tensor, where ``values`` could not be a view of it and is a copy.
+        keep: takes ``values`` once they are overwritten, where they are a copy of what is not in memory.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Fragment:
     offset: int
     values: Tensor
     home: Tensor | None = None
+    keep: Callable[[Tensor], None] | None = None
 
 
 def order_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:

@@ -117,6 +117,8 @@ class Reader:
         for target in targets:
             if target.home is not None:
                 target.home.copy_(in_shape(target.values, target.form))
+            if target.keep is not None:
+                target.keep(target.values)
 
     def _plan(self, target: Fragment, record: TensorRecord, spans: dict[int, list[Span]]) -> None:
         if target.values.numel() == 0:

@@ -65,9 +65,9 @@ def _offload(settings: Settings) -> Iterator[Problem]:
             )
         if section.device == "nvme" and not section.nvme_path:
             yield Problem(f"{path}.nvme_path is missing", got='device "nvme"', do="name a folder on the drive")
-    if zero.offload_optimizer.ratio < 1 and zero.offload_optimizer.device != "none" and zero.stage < 3:
-        what = "zero_optimization.offload_optimizer.ratio below 1 needs stage 3"
-        yield Problem(what, got=f"{zero.offload_optimizer.ratio} at stage {zero.stage}", do="remove it, or use stage 3")
+    if zero.offload_optimizer.ratio < 1 and zero.offload_optimizer.device != "none":
+        what = "zero_optimization.offload_optimizer.ratio below 1 is not offered: all state is offloaded, or none"
+        yield Problem(what, got=str(zero.offload_optimizer.ratio), expected="1", do="remove it")
 
 
 _HELD = {"offload_param": "parameters", "offload_optimizer": "optimizer state"}

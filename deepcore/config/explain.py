@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deepcore.config.catalog import OPTIMIZERS, SCHEDULES, Param
 from deepcore.config.ledger import Ledger, Source
-from deepcore.config.notes import CHOICES, idle_note, optimizer_note
+from deepcore.config.notes import CHOICES, idle_note, offload_note, optimizer_note
 from deepcore.config.sections.base import Section
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def _row(settings: Settings, ledger: Ledger, key: str, value: Any) -> Row:
         notes.append(CHOICES.get(key))
     if key == "optimizer.type":
         notes.append(optimizer_note(settings))
+    notes.append(offload_note(settings, key))
     shown = "(hidden)" if key in _SECRETS and value is not None else value
     return Row(key, shown, source, "; ".join(note for note in notes if note))
 

@@ -50,6 +50,17 @@ def _without_nvme(settings: Settings) -> str | None:
     return None if used else "no effect: nothing is offloaded to nvme"
 
 
+def _for_nvme(section: str) -> _Idle:
+    path = f"zero_optimization.{section}.device"
+    return lambda settings: None if settings.at(path) == "nvme" else "no effect: the device is not nvme"
+
+
+def _not_tiled(settings: Settings) -> str | None:
+    zero = settings.zero_optimization
+    offloads = zero.offload_param.device != "none" or zero.offload_optimizer.device != "none"
+    return None if offloads else "no effect: updates are cut into tiles where state is offloaded"
+
+
 def _without_deepcompile(settings: Settings) -> str | None:
     return None if settings.compile.deepcompile else "no effect: compile.deepcompile is off"
 
@@ -68,13 +79,21 @@ IDLE: dict[str, _Idle] = {
         )
     },
     "zero_optimization.stage3_": _below_stage(3),
-    "zero_optimization.sub_group_size": _below_stage(3),
+    "zero_optimization.sub_group_size": _not_tiled,
     "zero_optimization.leaf_module.": _below_stage(3),
     "zero_optimization.reduce_scatter": _below_stage(1),
     "zero_optimization.allgather_bucket_size": _below_stage(1),
     "zero_optimization.load_from_fp32_weights": _below_stage(1),
     "zero_optimization.offload_param.": _not_offloaded("offload_param"),
     "zero_optimization.offload_optimizer.": _not_offloaded("offload_optimizer"),
+    **{
+        f"zero_optimization.{key}": _for_nvme(key.partition(".")[0])
+        for key in (
+            *("offload_param.nvme_path", "offload_param.buffer_count", "offload_param.buffer_size"),
+            *("offload_param.max_in_cpu", "offload_optimizer.nvme_path", "offload_optimizer.buffer_count"),
+        )
+    },
+    "zero_optimization.offload_optimizer.pipeline_": _always("no effect: reads, updates and writes always overlap"),
     "zero_optimization.offload_optimizer.fast_init": _always("no effect: initialization is always direct"),
     "zero_optimization.contiguous_gradients": _always("no effect: groups are always contiguous"),
     "zero_optimization.ignore_unused_parameters": _always("no effect: unused parameters are never an error"),
@@ -82,6 +101,8 @@ IDLE: dict[str, _Idle] = {
     "zero_force_ds_cpu_optimizer": _always("no effect: any optimizer is accepted"),
     "bf16.immediate_grad_update": _always("no effect: every micro-batch counts, whatever this says"),
     "aio.": _without_nvme,
+    "aio.single_submit": _always("no effect: requests are submitted by threads"),
+    "aio.overlap_events": _always("no effect: requests are submitted by threads"),
     "compile.": _without_deepcompile,
     "pipeline.": _always("used with a pipeline module only"),
     "activation_checkpointing.": _always("used by the checkpointing module only"),
@@ -93,6 +114,19 @@ def idle_note(settings: Settings, path: str) -> str | None:
     switch = path.rpartition(".")[2] in ("enabled", "device", "deepcompile")
     prefix = max((prefix for prefix in IDLE if path.startswith(prefix)), key=len, default=None)
     return None if prefix is None or switch else IDLE[prefix](settings)
+
+
+def offload_note(settings: Settings, path: str) -> str | None:
+    """What an offload device means that the key alone does not say."""
+    state, shards = settings.zero_optimization.offload_optimizer.device, settings.zero_optimization.offload_param.device
+    if path == "zero_optimization.offload_optimizer.device" and state == "none" and shards != "none":
+        return "updates follow offload_param: optimizer state lives in host memory too"
+    if path in OFFLOADS and settings.at(path) == "cpu":
+        return "updates run on the CPU; costs and saves nothing where the model is on the CPU already"
+    return None
+
+
+OFFLOADS = ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device")
 
 
 def optimizer_note(settings: Settings) -> str | None:

@@ -21,6 +21,7 @@ from deepcore.engine.engine import Engine
 from deepcore.engine.grouping import Grouper, Grouping
 from deepcore.engine.placement import cast_rest, require_same_model, require_stage, restore_rest, share_weights
 from deepcore.engine.regime import policy_from, scaler_from
+from deepcore.engine.residence import arena_maker
 from deepcore.engine.tokens import TokenCount
 from deepcore.engine.trainability import LateThaws, note_room_for_frozen
 from deepcore.optim.client import ClientOptimizer
@@ -149,13 +150,15 @@ def _chosen(model: torch.nn.Module, optimizer: EngineOptimizer | None) -> set[to
 
 
 def _make_strategy(model: torch.nn.Module, grouping: Grouping, axis: Axis, settings: Settings) -> ZeroStrategy:
-    zero = settings.zero_optimization
+    zero, make_arena = settings.zero_optimization, arena_maker(grouping.homes)
     overlap = zero.overlap_comm is not False
     if zero.stage < 3:
-        return REPLICATED[zero.stage](grouping.held, axis, overlap=overlap, deterministic=settings.deterministic)
+        where: dict[str, Any] = {} if zero.stage == 0 else {"make_arena": make_arena}
+        deterministic = settings.deterministic
+        return REPLICATED[zero.stage](grouping.held, axis, overlap=overlap, deterministic=deterministic, **where)
     kept = TrafficSettings(zero.stage3_prefetch_bucket_size, zero.stage3_uniform_control_flow, _keep_numel(settings))
     traffic = build_traffic(model, grouping.plans, grouping.units, axis, kept)
-    return Stage3(grouping.held, axis, overlap=overlap, traffic=traffic)
+    return Stage3(grouping.held, axis, overlap=overlap, traffic=traffic, make_arena=make_arena)
 
 
 def _keep_numel(settings: Settings) -> int | None:

@@ -6,6 +6,7 @@ Knows nothing of files or manifests. The same list serves saving, where it is re
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from deepcore.checkpoint.fragments import Form, Fragment, order_of, whole
 from deepcore.optim.factory import EngineOptimizer
 from deepcore.zero import holdings
 from deepcore.zero.holdings import Held
-from deepcore.zero.locate import weights_part
+from deepcore.zero.locate import store_weights, weights_part
 
 WEIGHTS, BUFFERS, STATE = "weights/", "buffers/", "optimizer/"
 
@@ -38,7 +39,9 @@ def weight_fragments(module: torch.nn.Module, *, exclude_frozen: bool = False) -
             continue
         part = weights_part(held)
         if part is not None:
-            yield Fragment(WEIGHTS + name, param_form(held, part.values.dtype), part.offset, part.values)
+            form, keep = param_form(held, part.values.dtype), partial(store_weights, held, part)
+            filed = held.holdings.strategy.arena.is_filed
+            yield Fragment(WEIGHTS + name, form, part.offset, part.values, keep=keep if filed else None)
         elif held.slot.numel == 0:
             dtype = held.group.dtypes.master
             yield Fragment(WEIGHTS + name, param_form(held, dtype), 0, torch.empty(0, dtype=dtype))

@@ -22,6 +22,7 @@ from deepcore.engine.core import TrainCore, no_gradients, require_loss
 from deepcore.engine.progress import StepPrinter
 from deepcore.engine.readings import Readings
 from deepcore.engine.report import exhausted_scale, skip_message
+from deepcore.engine.residence import Residence
 from deepcore.engine.restoring import LoadOptions
 from deepcore.errors import UsageError
 from deepcore.parallel.randomness import forked
@@ -67,6 +68,7 @@ class Engine(Readings):
         self.world = world
         self.mesh = mesh
         self.settings = settings
+        self.residence = Residence(strategy)
         self._casts = casts
         self.config: dict[str, Any] = {}
         self.lr_scheduler: Any = None
@@ -212,6 +214,7 @@ class Engine(Readings):
             self.core.kill("engine.destroy() was called")
         self.strategy.detach()
         unbind(self.module, self.mesh.sp)
+        self.residence.release()
         self.mesh.destroy()
 
     def module_state_dict(self) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import torch
 
 from deepcore.comm.mesh import Axis
 from deepcore.config import Settings
+from deepcore.engine.residence import homes_from
 from deepcore.precision.policy import PrecisionPolicy
 from deepcore.sharding import scattered
 from deepcore.sharding.group import SUPPORTED_DTYPES, FlatGroup, GroupDtypes
+from deepcore.sharding.homes import Homes
 from deepcore.sharding.layout import is_dense
 from deepcore.sharding.module_units import NamedParam, UnitPlan, plan_units, split_persistent
 from deepcore.sharding.sharded_group import ShardedGroup
@@ -30,12 +32,14 @@ class Grouping:
         held: groups that the optimizer holds, those of units included; some may be frozen for the time being.
         frozen: sharded groups that nothing updates.
         plans, units: the units of stage 3, empty elsewhere.
+        homes: of state that does not live on the device.
     """
 
     held: list[FlatGroup]
     frozen: list[FlatGroup] = field(default_factory=list)
     plans: list[UnitPlan] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
+    homes: Homes | None = None
 
     @property
     def everything(self) -> list[FlatGroup]:
@@ -46,6 +50,7 @@ class Grouper:
     """Makes groups of a model's parameters under one policy, holding the model's values."""
 
     def __init__(self, model: torch.nn.Module, policy: PrecisionPolicy, axis: Axis, settings: Settings) -> None:
+        self._homes = homes_from(settings, axis.device, speaks=axis.rank == 0)
         self._model, self._policy, self._axis = model, policy, axis
         self._zero = settings.zero_optimization
         self._dtypes = policy.param_dtypes(model)
@@ -60,7 +65,8 @@ class Grouper:
         if self._zero.stage == 3:
             return self._by_unit()
         named = [(name, param) for name, param in self._model.named_parameters() if param in self._held]
-        return Grouping([self._replicated(plan) for plan in self._plan(named, self._zero.reduce_bucket_size)])
+        groups = [self._replicated(plan) for plan in self._plan(named, self._zero.reduce_bucket_size)]
+        return Grouping(groups, homes=self._homes)
 
     def _by_unit(self) -> Grouping:
         named = [(name, param) for name, param in self._model.named_parameters() if self._shards(param)]
@@ -83,7 +89,7 @@ class Grouper:
                     groups.append(group)
                 else:
                     frozen.append(group)
-        return Grouping(groups, frozen, plans, units)
+        return Grouping(groups, frozen, plans, units, self._homes)
 
     def _shards(self, param: torch.nn.Parameter) -> bool:
         """What the optimizer holds must be shardable; the rest is left alone where it is not."""
@@ -107,7 +113,7 @@ class Grouper:
         return group
 
     def _sharded(self, plan: GroupPlan) -> ShardedGroup:
-        group = ShardedGroup(plan, self._axis.size, self._dtypes_of(plan))
+        group = ShardedGroup(plan, self._axis.size, self._dtypes_of(plan), self._homes)
         group.adopt()
         group.settle(self._axis)  # before the next one: no rank holds the whole model at a time
         return group

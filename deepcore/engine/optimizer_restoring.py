@@ -6,6 +6,7 @@ Knows nothing of formulas: the optimizer says which keys it keeps, or takes what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ class OptimizerRestorer:
         self._allow_pickle = engine.settings.checkpoint.allow_pickle
         self._kind = reader.manifest.state["optimizer"]["kind"]
         self.targets: list[Fragment] = []
-        self._numbers: list[tuple[torch.Tensor, Any]] = []
+        self._numbers: list[tuple[torch.Tensor, str, Any]] = []
         self._forgotten: list[torch.Tensor] = []
         self._fresh: list[tuple[torch.Tensor, dict[str, Any]]] = []
         if isinstance(self._optimizer, ClientOptimizer):
@@ -89,12 +90,15 @@ class OptimizerRestorer:
             else:
                 is_number = value.ndim == 0 and self._reader.record(entry["v"]).form.shape == ()
             if is_number:
-                self._numbers.append((value, entry))
+                self._numbers.append((held.param, key, entry))
             elif entry["$"] == "scalar":
                 raise self._other_optimizer(name, entries, found)
             else:
                 form = param_form(held, value.dtype)
-                self.targets.append(Fragment(entry["v"], form, offset or 0, value.view(-1)))
+                keep = partial(self._optimizer.write_state, held.param, key)
+                filed = held.holdings.strategy.arena.is_filed
+                values = value.view(-1)
+                self.targets.append(Fragment(entry["v"], form, offset or 0, values, keep=keep if filed else None))
 
     def _plan_client(self, held: Held, name: str, entries: Entries) -> None:
         optimizer = self._optimizer
@@ -124,9 +128,9 @@ class OptimizerRestorer:
 
     def finish(self) -> None:
         """Put everything in its place; the targets have been read."""
-        for value, entry in self._numbers:
+        for param, key, entry in self._numbers:
             decoder = Decoder(self._reader.tensor, allow_pickle=self._allow_pickle)
-            value.copy_(decoder.decode(entry))
+            self._optimizer.write_state(param, key, torch.as_tensor(decoder.decode(entry)).reshape(()))
         for param, state in self._fresh:
             self._optimizer.put_state(param, state)
         for param in self._forgotten:

@@ -80,7 +80,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        return f"{self.spec.device.upper()} ops"
+        return self.spec.label
 
     @property
     def compilers(self) -> tuple[Compiler, ...] | None:

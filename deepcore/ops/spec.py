@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,7 +50,8 @@ _LINK_FLAGS = {
     "cuda": ("-shared", "-cudart=static", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"),
 }
 _SUFFIXES = {"cpu": {".h", ".cpp"}, "cuda": {".h", ".cpp", ".cu", ".cuh"}}
-_SKIPPED_FOLDERS = {"tests", "build"}
+_SKIPPED_FOLDERS = {"tests", "build", "host"}
+FILE_ENGINE = "deepcore_files"  # the Python module's name, and its library's
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class LibrarySpec:
         return f"deepcore_{self.device}"
 
     @property
+    def label(self) -> str:
+        """What it holds, for people."""
+        return f"{self.device.upper()} ops"
+
+    @property
     def filename(self) -> str:
         return f"{self.name}.so"
 
@@ -100,6 +108,29 @@ class LibrarySpec:
             foreign = self.device == "cpu" and path.stem.endswith("_cuda")
             if path.suffix in _SUFFIXES[self.device] and not foreign and not _SKIPPED_FOLDERS & set(inside.parts):
                 yield path
+
+
+class FileEngineSpec(LibrarySpec):
+    """The class of ``csrc/host``: of one interpreter, without torch."""
+
+    @property
+    def name(self) -> str:
+        return FILE_ENGINE
+
+    @property
+    def label(self) -> str:
+        return "file engine"
+
+    def _inputs(self) -> Iterator[Path]:
+        yield from sorted(path for path in (self.root / "host").iterdir() if path.suffix in _SUFFIXES["cpu"])
+
+
+def file_engine_library(root: Path) -> LibrarySpec:
+    """The asynchronous file engine for the interpreter that runs."""
+    include = sysconfig.get_path("include")
+    flags = (*_HOST_FLAGS, "-O1", "-pthread", f"-I{include}", f"-DDEEPCORE_PYTHON={sys.hexversion}")
+    units = tuple(Unit(f"host/{name}.cpp", f"{name}.o", flags) for name in ("file_engine", "file_engine_py"))
+    return _checked(FileEngineSpec("cpu", root, units, ("-shared", "-pthread")))
 
 
 def cpu_library(root: Path) -> LibrarySpec:

@@ -87,7 +87,7 @@ class ClientOptimizer(Optimizer):
             group["params"][:] = [swapped.get(param, param) for param in group["params"]]
         for param, target in swapped.items():
             if param in self.client.state:
-                self.client.state[target] = self.client.state.pop(param)
+                self.client.state[target] = _beside(target, self.client.state.pop(param))
         self._left_alone = list({*params.values()} - {*swapped, *self._targets})  # other ranks', or without elements
         for param in self._left_alone:
             self.client.state.pop(param, None)
@@ -98,6 +98,7 @@ class ClientOptimizer(Optimizer):
 
     def update(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         """Scale the gradients by ``grad_scale`` in place and let the client step, unless ``skip``."""
+        grad_scale, skip = self._arena.here(grad_scale, skip)
         if skip.item() != 0:  # the same on every rank
             return
         self._show_gradients(grad_scale)
@@ -128,7 +129,7 @@ class ClientOptimizer(Optimizer):
         for param in self._left_alone:
             param.grad = None
         position = 0
-        for batch in self._arena.batches:
+        for batch in self._arena.visit(states=False, weights=False):
             torch._foreach_mul_(batch.grads, grad_scale.squeeze(0))
             for segment, active in zip(batch.table.segments, batch.active.tolist(), strict=True):
                 grad = self._arena.forms[segment.name].view(batch.grads[segment.tensor], segment)
@@ -136,7 +137,7 @@ class ClientOptimizer(Optimizer):
                 position += 1
 
     def _store(self) -> None:
-        for batch in self._arena.batches:
+        for batch in self._arena.visit():
             for master, copy in zip(batch.params, batch.copies, strict=False):
                 copy.copy_(master)
         self._arena.deliver()
@@ -199,7 +200,7 @@ class ClientOptimizer(Optimizer):
                 do="lower the learning rate, and train in fp32 or bf16",
             )
         with torch.no_grad():
-            self._show_gradients(verdict.grad_scale)
+            self._show_gradients(*self._arena.here(verdict.grad_scale))
         return loss
 
     def local_state(self, param: torch.Tensor) -> tuple[int | None, dict[str, Any]]:
@@ -213,7 +214,8 @@ class ClientOptimizer(Optimizer):
 
     def put_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """Give a parameter that is updated here the state with which its next update begins."""
-        self.client.state[self._target_of.get(param, param)] = state
+        target = self._target_of.get(param, param)
+        self.client.state[target] = _beside(target, state)
 
     @property
     def updates_everything(self) -> bool:
@@ -223,6 +225,14 @@ class ClientOptimizer(Optimizer):
     def updates(self, param: torch.Tensor) -> bool:
         """Whether it is this rank that updates a parameter."""
         return self._target_of.get(param, param) in self._mine
+
+    def write_state(self, param: torch.Tensor, key: str, value: torch.Tensor) -> None:
+        """Write what ``local_state`` gives under ``key``: a tensor of the same shape, or a number."""
+        _, state = self.local_state(param)
+        if isinstance(state[key], torch.Tensor):
+            state[key].copy_(value)
+        else:
+            state[key] = type(state[key])(value.item())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -273,6 +283,14 @@ def is_coupled(client: Optimizer) -> bool:
     """Whether an update is known, by its class's name or a base's, to depend on other parameters."""
     names = [kind.__name__ for kind in type(client).__mro__]
     return any(name == known or (known == "DAdapt" and name.startswith(known)) for name in names for known in COUPLED)
+
+
+def _beside(target: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """State from before the engine, where what is updated lives now; numbers and their tensors stay."""
+    return {
+        name: value.to(target.device) if isinstance(value, torch.Tensor) and value.ndim else value
+        for name, value in state.items()
+    }
 
 
 def _same_memory(master: torch.Tensor, param: torch.Tensor) -> bool:

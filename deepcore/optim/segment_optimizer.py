@@ -123,19 +123,25 @@ class SegmentOptimizer(Optimizer, ABC):
             self._restore(param, state)
 
     def _fill_state(self) -> None:
+        assert self._arena is not None
+        if not any(
+            self.initial_state(name, group)
+            for group in self.param_groups
+            for name in self.state_names(self.family(group))
+        ):
+            return  # it comes zeroed
         group_of = self._group_of()
-        for param, places in self._places.items():
-            group = self.param_groups[group_of[param]]
-            for batch, index in places:
-                segment = batch.table.segments[index]
+        for batch in self._arena.visit(weights=False):
+            for segment in batch.table.segments:
+                group = self.param_groups[group_of[self._params[segment.name]]]
                 for name, tensors in batch.states.items():
-                    value = self.initial_state(name, group)
-                    if value:
-                        _elements(tensors[segment.tensor], segment).fill_(value)
+                    _elements(tensors[segment.tensor], segment).fill_(self.initial_state(name, group))
 
     def _expose_state(self) -> None:
         """Show each parameter's state in ``self.state``, as views of the arena, where it lies whole on this rank."""
         assert self._arena is not None
+        if self._arena.is_filed:
+            return
         for param, places in self._places.items():
             batch, index = places[0]
             segment = batch.table.segments[index]
@@ -145,15 +151,38 @@ class SegmentOptimizer(Optimizer, ABC):
                 self.state[param] = {"step": batch.steps[index], **views}
 
     def local_state(self, param: torch.Tensor) -> tuple[int | None, dict[str, Any]]:
-        """What this rank keeps of a parameter's state under an engine, as views: (first element, tensors by name).
+        """What this rank keeps of a parameter's state under an engine: (first element, tensors by name).
 
-        ``step`` is 0-dimensional, the others are 1-D in memory order.
+        ``step`` is 0-dimensional, the others are 1-D in memory order: views, or copies where state is in a file.
+        ``write_state`` writes either.
         """
-        for batch, index in self._places.get(param, ()):
+        places = self._places.get(param)
+        if not places or self._arena is None:
+            return None, {}
+        runs: dict[str, list[torch.Tensor]] = {}
+        for batch, index in places:
             segment = batch.table.segments[index]
-            runs = {name: _elements(tensors[segment.tensor], segment) for name, tensors in batch.states.items()}
-            return segment.offset, {"step": batch.steps[index], **runs}
-        return None, {}
+            with self._arena.at_hand(batch, keep=False):
+                for name, tensors in batch.states.items():
+                    run = _elements(tensors[segment.tensor], segment)
+                    runs.setdefault(name, []).append(run.clone() if self._arena.is_filed else run)
+        batch, index = places[0]
+        whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in runs.items()}
+        return batch.table.segments[index].offset, {"step": batch.steps[index], **whole}
+
+    def write_state(self, param: torch.Tensor, key: str, value: torch.Tensor) -> None:
+        """Write what ``local_state`` gives under ``key``, wherever it is: of the same shape, on any device."""
+        assert self._arena is not None
+        places, done = self._places[param], 0
+        for batch, index in places:
+            segment = batch.table.segments[index]
+            if key == "step":
+                batch.steps[index] = value
+                continue
+            with self._arena.at_hand(batch, keep=True):
+                run = _elements(batch.states[key][segment.tensor], segment)
+                run.copy_(value[done : done + segment.numel])
+            done += segment.numel
 
     def reset_state(self, param: torch.Tensor) -> None:
         """Let a parameter's state be as before the first step, as far as this rank keeps it."""
@@ -161,8 +190,10 @@ class SegmentOptimizer(Optimizer, ABC):
         for batch, index in self._places.get(param, ()):
             segment = batch.table.segments[index]
             batch.steps[index] = 0
-            for name, tensors in batch.states.items():
-                _elements(tensors[segment.tensor], segment).fill_(self.initial_state(name, group))
+            assert self._arena is not None
+            with self._arena.at_hand(batch, keep=True):
+                for name, tensors in batch.states.items():
+                    _elements(tensors[segment.tensor], segment).fill_(self.initial_state(name, group))
 
     def original(self, target: torch.Tensor) -> torch.Tensor:
         """The model's parameter behind one that stands in the groups: itself."""
@@ -183,14 +214,16 @@ class SegmentOptimizer(Optimizer, ABC):
     def update(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         """Update the arena: gradients times ``grad_scale`` (fp32, 1), nothing at all if ``skip`` (fp32, 1)."""
         assert self._arena is not None
-        self._arena.collect()
-        self.update_batches(self._arena, grad_scale, skip)
-        self._arena.deliver()
+        grad_scale, skip = self._arena.here(grad_scale, skip)
+        if self._arena.is_local or skip.item() == 0:  # the same on every rank
+            self._arena.collect()
+            self.update_batches(self._arena, grad_scale, skip)
+            self._arena.deliver()
         self._opt_called = True  # torch's schedulers ask whether a step came before theirs
 
     def update_batches(self, arena: UpdateArena, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         """Launch over every batch; optimizers whose update spans batches or ranks do it their own way."""
-        for batch in arena.batches:
+        for batch in arena.visit():
             self.launch(batch, self.hyper(batch.steps.device), grad_scale, skip)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -240,7 +273,9 @@ class SegmentOptimizer(Optimizer, ABC):
             self.state[param] = fresh
             return
         for batch, index in self._places.get(param, []):
-            _restore_segment(batch, index, self._arena.forms[batch.table.segments[index].name], saved)
+            with self._arena.at_hand(batch, keep=True):
+                form = self._arena.forms[batch.table.segments[index].name]
+                _restore_segment(batch, index, form, saved)
 
 
 def _restore_segment(batch: SegmentBatch, index: int, form: Form, saved: Mapping[str, torch.Tensor]) -> None:

@@ -5,13 +5,15 @@ Knows nothing of collectives or formulas; optimizers see it as batches of segmen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from deepcore.sharding.file_store import FileColumn
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.memory import lazy_zeros
-from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
+from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable, fresh_counts
 from deepcore.sharding.update_arena import Form, UpdateArena
 
 
@@ -32,7 +34,7 @@ class ShardArena(UpdateArena):
     def __init__(self, groups: Sequence[FlatGroup], rank: int | None) -> None:
         """Hold the shards of ``rank`` on the zero axis, or everything if it is None."""
         self.groups = list(groups)
-        self.device = groups[0].key.device if groups else torch.device("cpu")
+        self.device = self.home = groups[0].key.device if groups else torch.device("cpu")
         self.masters: list[torch.Tensor] = []
         self.grads: list[torch.Tensor] = []
         self.copies: list[torch.Tensor | None] = []
@@ -44,9 +46,7 @@ class ShardArena(UpdateArena):
         )
         for group, (begin, end) in zip(self.groups, self.ranges, strict=True):
             weights, master = group.claim(begin, end)
-            self.masters.append(weights if master is None else master)
-            self.copies.append(None if master is None else weights)
-            self.grads.append(lazy_zeros(weights.numel(), group.dtypes.accumulate, weights.device))
+            self._hold(group, weights, master)
         self.names = [name for group in self.groups for name in group.names]
         self.forms = {
             slot.name: Form(slot.shape, tuple(stride))
@@ -56,10 +56,36 @@ class ShardArena(UpdateArena):
         self.usage = torch.zeros(len(self.names), dtype=torch.uint8, device=self.device)
         self.batches: list[SegmentBatch] = []
         self.params_of: list[torch.Tensor] = []
+        self._make_batches()
+
+    def _hold(self, group: FlatGroup, weights: torch.Tensor, master: torch.Tensor | FileColumn | None) -> None:
+        """Take in one group's shard: its weights on the device, and their master where that is another tensor."""
+        assert not isinstance(master, FileColumn), "arenas of files take those"
+        self.masters.append(weights if master is None else master)
+        self.copies.append(None if master is None else weights)
+        self.grads.append(lazy_zeros(weights.numel(), group.dtypes.accumulate, weights.device))
+
+    def _make_batches(self) -> None:
         for members in self._members_by_kind():
-            self._add_batch(members)
+            shards = [(index, 0, self.masters[index].numel()) for index in members]
+            table, params_of = self._table(shards, self.masters[members[0]].device)
+            self._add_batch(
+                SegmentBatch(
+                    params=[self.masters[index] for index in members],
+                    grads=[self.grads[index] for index in members],
+                    copies=[copy for index in members if (copy := self.copies[index]) is not None],
+                    table=table,
+                    **fresh_counts(table),
+                ),
+                params_of,
+            )
+
+    def _add_batch(self, batch: SegmentBatch, params_of: torch.Tensor) -> None:
+        self.batches.append(batch)
+        self.params_of.append(params_of)
 
     def _members_by_kind(self) -> list[list[int]]:
+        """Groups whose shards one launch can cover."""
         by_kind: dict[tuple[object, ...], list[int]] = {}
         for index, copy in enumerate(self.copies):
             master, grad = self.masters[index], self.grads[index]
@@ -67,32 +93,27 @@ class ShardArena(UpdateArena):
             by_kind.setdefault(kind, []).append(index)
         return list(by_kind.values())
 
-    def _add_batch(self, members: Sequence[int]) -> None:
-        table, params_of = self._table(members)
-        device = self.masters[members[0]].device
-        self.params_of.append(torch.tensor(params_of, dtype=torch.int64, device=device))
-        self.batches.append(
-            SegmentBatch(
-                params=[self.masters[index] for index in members],
-                grads=[self.grads[index] for index in members],
-                copies=[copy for index in members if (copy := self.copies[index]) is not None],
-                table=table,
-                steps=torch.zeros(len(table), dtype=torch.float32, device=device),
-                active=torch.zeros(len(table), dtype=torch.uint8, device=device),
-            )
-        )
-
-    def _table(self, members: Sequence[int]) -> tuple[SegmentTable, list[int]]:
+    def _table(self, runs: Sequence[tuple[int, int, int]], device: torch.device) -> tuple[SegmentTable, torch.Tensor]:
+        """Segments and their parameters in one tensor per run: (group, begin, end), elements of its shard."""
         first_param = [0]
         for group in self.groups:
             first_param.append(first_param[-1] + len(group.params))
         segments, params_of = [], []
-        for tensor, index in enumerate(members):
-            group = self.groups[index]
-            for part in group.layout.overlaps(*self.ranges[index]):
+        for tensor, (index, low, high) in enumerate(runs):
+            group, (begin, _) = self.groups[index], self.ranges[index]
+            for part in group.layout.overlaps(begin + low, begin + high):
                 segments.append(Segment(group.names[part.slot], tensor, part.in_range, part.numel, offset=part.in_slot))
                 params_of.append(first_param[index] + part.slot)
-        return SegmentTable(segments, len(members), self.masters[members[0]].device), params_of
+        table = SegmentTable(segments, len(runs), device)
+        return table, torch.tensor(params_of, dtype=torch.int64, device=device)
+
+    def master_run(self, number: int, low: int, high: int) -> torch.Tensor:
+        """Elements of the master shard of a group: a view where it is in memory; ``store_master`` writes anywhere."""
+        return self.masters[number][low:high]
+
+    def store_master(self, number: int, low: int, values: torch.Tensor) -> None:
+        """Write elements of the master shard of a group from ``low`` on."""
+        self.masters[number][low : low + values.numel()].copy_(values)
 
     def follow(self, number: int, index: int, weights: torch.Tensor, exact: torch.Tensor | None = None) -> None:
         """Let the master of a parameter follow its weights, which were overwritten.
@@ -106,23 +127,64 @@ class ShardArena(UpdateArena):
         """
         if self.copies[number] is None:
             return  # the weights are the masters, or the group's shard is
-        slot, (begin, end) = self.groups[number].layout.slots[index], self.ranges[number]
-        low, high = max(slot.start, begin), min(slot.end, end)
-        if low >= high:
+        found = self.run_of(number, index)
+        if found is None:
             return
-        master, wanted = self.masters[number][low - begin : high - begin], weights[low - slot.start : high - slot.start]
+        low, high, start = found
+        wanted = weights[low - start : high - start]
+        master = self.master_run(number, low, high)
+        wanted = wanted.to(master.device)
         fresh = wanted.to(master.dtype)
         if exact is not None:
-            finer = exact[low - slot.start : high - slot.start].to(master.dtype)
+            finer = exact[low - start : high - start].to(master.device, master.dtype)
             fresh = torch.where(finer.to(wanted.dtype) == wanted, finer, fresh)
-            master.copy_(fresh)
         else:
-            master.copy_(torch.where(master.to(wanted.dtype) == wanted, master, fresh))
+            fresh = torch.where(master.to(wanted.dtype) == wanted, master, fresh)
+        self.store_master(number, low, fresh)
+
+    def run_of(self, number: int, index: int) -> tuple[int, int, int] | None:
+        """(begin, end) of a parameter in this rank's shard, and where the parameter starts; None if it is elsewhere."""
+        slot, (begin, end) = self.groups[number].layout.slots[index], self.ranges[number]
+        low, high = max(slot.start, begin), min(slot.end, end)
+        return (low - begin, high - begin, slot.start - begin) if low < high else None
+
+    def round_masters(self) -> None:
+        """Masters were overwritten as a whole: let the copies, and what the device has, follow."""
+        for number, copy in enumerate(self.copies):
+            if copy is not None:
+                copy.copy_(self.master_run(number, 0, copy.numel()))
+        self.send()
+
+    @contextmanager
+    def receiving(self, number: int, *, keep: bool) -> Iterator[torch.Tensor]:
+        """The tensor on the device into which group ``number`` is reduced; ``keep``: the sum so far is in it."""
+        yield self.grads[number]
+
+    def rewritten(self, number: int) -> None:
+        """Gradients of group ``number`` were written by hand."""
+
+    def squares(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Of all gradients, on the device: (parameter of each segment, its sum of squares, the sum of those)."""
+        for batch, params_of in zip(self.batches, self.params_of, strict=True):
+            table = batch.table
+            squares, summary = torch.ops.deepcore.grad_stats(batch.grads, table.rows, table.chunk_offsets)
+            yield params_of, squares, summary[0]
+
+    @property
+    def usage_at_home(self) -> torch.Tensor:
+        """``usage`` where the batches are."""
+        return self.usage
+
+    def send(self) -> None:
+        """Copies of weights were written outside of ``visit``: bring them to the device."""
 
     def activate(self) -> None:
         """Make each batch's ``active`` follow ``usage``, on the device, without a look at either."""
         for batch, params_of in zip(self.batches, self.params_of, strict=True):
             torch.index_select(self.usage, 0, params_of, out=batch.active)
+
+    def release(self) -> None:
+        """Give back what outlives tensors."""
 
     def nbytes(self) -> int:
         """Bytes that this rank holds for training beyond the model's own weights; an aliased master is free."""

@@ -11,6 +11,7 @@ import torch
 
 from deepcore.errors import LayoutError
 from deepcore.sharding import scattered
+from deepcore.sharding.file_store import FileColumn
 from deepcore.sharding.layout import ShardLayout, is_dense
 from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.units import GroupKey, GroupPlan
@@ -82,11 +83,14 @@ class FlatGroup:
             self._point_at(self.full)
         return source
 
-    def claim(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def claim(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | FileColumn | None]:
         """The elements [begin, end) of the weights and their masters, the tensors in which updates are to land.
 
         None for masters: the weights have master precision themselves.
         """
+        return self._claim(begin, end)
+
+    def _claim(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         source = self.cast()[begin:end]
         if self.dtypes.master == self.key.dtype:
             return self.full[begin:end], None

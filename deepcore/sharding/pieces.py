@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from deepcore.sharding.arena import ShardArena
-from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
+from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable, fresh_counts
 from deepcore.sharding.update_arena import UpdateArena
 
 
@@ -43,7 +43,8 @@ class PieceArena(UpdateArena):
 
     def __init__(self, base: ShardArena, pieces: Sequence[Piece], *, is_whole: bool) -> None:
         self.base = base
-        self.device, self.names, self.forms, self.usage = base.device, base.names, base.forms, base.usage
+        self.device, self.home, self.is_local = base.device, base.home, base.is_local
+        self.names, self.forms, self.usage = base.names, base.forms, base.usage
         self.is_whole = is_whole
         self.batches: list[SegmentBatch] = []
         self.params_of: list[torch.Tensor] = []
@@ -59,21 +60,27 @@ class PieceArena(UpdateArena):
             Segment(self.names[piece.param], index, 0, piece.master.numel(), offset=piece.offset)
             for index, piece in enumerate(members)
         ]
-        self.params_of.append(torch.tensor([piece.param for piece in members], dtype=torch.int64, device=self.device))
+        self.params_of.append(torch.tensor([piece.param for piece in members], dtype=torch.int64, device=self.home))
+        table = SegmentTable(segments, len(members), self.home)
         self.batches.append(
             SegmentBatch(
                 params=[piece.master for piece in members],
                 grads=[piece.grad for piece in members],
                 copies=[piece.copy for piece in members if piece.copy is not None],
-                table=SegmentTable(segments, len(members), self.device),
-                steps=torch.zeros(len(members), dtype=torch.float32, device=self.device),
-                active=torch.zeros(len(members), dtype=torch.uint8, device=self.device),
+                table=table,
+                **fresh_counts(table),
                 family=members[0].family,
             )
         )
 
+    def here(self, *scalars: torch.Tensor) -> Sequence[torch.Tensor]:
+        return self.base.here(*scalars)
+
+    def settle(self) -> None:
+        self.base.settle()
+
     def activate(self) -> None:
-        """Make each batch's ``active`` follow the base's ``usage``, on the device, without a look at either."""
-        self.usage = self.base.usage
+        """Make each batch's ``active`` follow the base's ``usage``, where they are, without a look at either."""
+        self.usage = self.base.usage_at_home
         for batch, params_of in zip(self.batches, self.params_of, strict=True):
             torch.index_select(self.usage, 0, params_of, out=batch.active)

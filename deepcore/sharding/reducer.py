@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -109,19 +110,19 @@ class GradReducer:
     def launch_shard(
         self,
         wire: torch.Tensor,
-        out: torch.Tensor,
+        into: Callable[[], AbstractContextManager[torch.Tensor]],
         *,
         accumulate: bool,
         divisor: float,
         what: str,
         done: Callable[[], None],
     ) -> None:
-        """Begin to put this rank's shard of the sum of ``wire`` over the axis into ``out``, divided.
+        """Begin to put this rank's shard of the sum of ``wire`` over the axis where ``into`` says, divided.
 
         Args:
             wire: 1-D (size * n,), in the dtype that travels; not to be touched until ``done`` is called.
-            out: 1-D (n,).
-            accumulate: add to ``out``.
+            into: gives the target, 1-D (n,), while it is written.
+            accumulate: add to what is there.
             divisor: of the sum.
             what: of whom, for errors.
             done: called when ``wire`` is free again.
@@ -130,7 +131,8 @@ class GradReducer:
         work = self.axis.all_to_all_into(landing, wire, what=what)
 
         def complete() -> None:
-            torch.ops.deepcore.bucket_sum_(out, landing, accumulate, divisor)
+            with into() as out:
+                torch.ops.deepcore.bucket_sum_(out, landing, accumulate, divisor)
             if landing is not wire:
                 self.buffers.give(landing)
             done()

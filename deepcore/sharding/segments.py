@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 
@@ -84,3 +85,19 @@ class SegmentBatch:
     active: torch.Tensor
     states: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     family: str = ""
+
+
+class Counts(TypedDict):
+    """Per segment: updates so far, fp32 (S,), and whether the coming one touches it, uint8 (S,)."""
+
+    steps: torch.Tensor
+    active: torch.Tensor
+
+
+def fresh_counts(table: SegmentTable) -> Counts:
+    """Those of a batch before its first update."""
+    device = table.rows.device
+    return {
+        "steps": torch.zeros(len(table), dtype=torch.float32, device=device),
+        "active": torch.zeros(len(table), dtype=torch.uint8, device=device),
+    }

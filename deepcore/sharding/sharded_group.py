@@ -12,7 +12,9 @@ import torch
 from deepcore.comm.collectives import Work
 from deepcore.comm.mesh import Axis
 from deepcore.errors import UsageError
+from deepcore.sharding.file_store import FileColumn
 from deepcore.sharding.group import FlatGroup, GroupDtypes
+from deepcore.sharding.homes import Homes
 from deepcore.sharding.units import GroupPlan
 
 
@@ -35,12 +37,16 @@ class ShardedGroup(FlatGroup):
         shard: 1-D, ``layout.shard_numel`` elements of ``key.dtype``: what is gathered. Made by ``settle``.
     """
 
-    def __init__(self, plan: GroupPlan, num_shards: int, dtypes: GroupDtypes | None = None) -> None:
+    def __init__(
+        self, plan: GroupPlan, num_shards: int, dtypes: GroupDtypes | None = None, homes: Homes | None = None
+    ) -> None:
         super().__init__(plan, num_shards, dtypes)
+        self._homes = homes
+        self._arrival: torch.cuda.Event | None = None  # of a shard that came from the host
         self.residency = Residency.FULL
         self.shard = torch.empty(0)
         self._begin = 0
-        self._master: torch.Tensor | None = None  # until an arena claims it
+        self._master: torch.Tensor | FileColumn | None = None  # until an arena claims it
         self._work: Work | None = None
         self._views: list[torch.Tensor] = []
         self._versions: list[int] = []
@@ -52,12 +58,17 @@ class ShardedGroup(FlatGroup):
         """FULL to SHARDED for the first time: all ranks take the first one's weights, and keep their shard of them."""
         axis.broadcast(self.full, what=self.label).wait()
         self._begin, end = self.layout.shard_range(axis.rank)
-        weights, self._master = super().claim(self._begin, end)
-        self.shard = weights.clone()
+        weights, master = self._claim(self._begin, end)
+        self._master = master
+        if self._homes is None:
+            self.shard = weights.clone()
+        else:
+            self.shard = self._homes.keep_shard(weights)
+            self._master = None if master is None else self._homes.keep_master(master)
         self._views = self.views(self.full)
         self.reshard()
 
-    def claim(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def claim(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | FileColumn | None]:
         assert (begin, end - begin) == (self._begin, self.shard.numel()), "what was kept when the group was settled"
         master, self._master = self._master, None
         return self.shard, master
@@ -67,8 +78,26 @@ class ShardedGroup(FlatGroup):
         assert self.residency is Residency.SHARDED, self.residency
         self._require_untouched()
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
-        self._work = axis.all_gather_into(self.full, self.shard, what=self.label)
+        if not self._is_away:
+            self._work = axis.all_gather_into(self.full, self.shard, what=self.label)
+        else:
+            assert self._homes is not None
+            mine = self.full[self._begin : self._begin + self.shard.numel()]
+            with self._homes.lane.entered():  # what computes at the moment need not wait for the bus
+                mine.copy_(self.shard, non_blocking=True)
+                self._work = axis.all_gather_into(self.full, mine, what=self.label)
+                self._arrival = self._homes.lane.mark()
         self.residency = Residency.GATHERING
+
+    @property
+    def _is_away(self) -> bool:
+        """Whether the shard has to be brought to the device to be gathered."""
+        return self._homes is not None and self._homes.shards_away and self._homes.apart
+
+    def contribute(self, axis: Axis) -> None:
+        """Take part in a gather whose result this rank has already."""
+        mine = self.shard.to(self.full.device)
+        axis.all_gather_into(torch.empty_like(self.full), mine, what=self.label).wait()
 
     def finish_unshard(self) -> None:
         """GATHERING to FULL: wait, and let the parameters be views of the full storage again."""
@@ -76,6 +105,9 @@ class ShardedGroup(FlatGroup):
         assert self._work is not None
         self._work.wait()
         self._work = None
+        if self._arrival is not None:
+            torch.cuda.current_stream(self.full.device).wait_event(self._arrival)
+            self._arrival = None
         for param, view in zip(self.params, self._views, strict=True):
             param.data = view
         self.residency = Residency.FULL
@@ -102,7 +134,7 @@ class ShardedGroup(FlatGroup):
         """FULL only: the first parameter whose part in this rank's shard was overwritten, bit for bit, or None."""
         assert self.residency is Residency.FULL, self.residency
         mine = self.full[self._begin : self._begin + self.shard.numel()]
-        same = mine.view(torch.uint8) == self.shard.view(torch.uint8)
+        same = mine.view(torch.uint8) == self.shard.to(mine.device).view(torch.uint8)
         if bool(same.all()):
             return None
         place = self._begin + int((~same).nonzero()[0]) // self.shard.element_size()

@@ -37,9 +37,8 @@ def read_gradients(arena: ShardArena) -> torch.Tensor:
     vector = torch.empty(1 + arena.usage.numel(), dtype=torch.float64, device=arena.device)
     vector[1:] = arena.usage
     totals = []
-    for batch, params_of in zip(arena.batches, arena.params_of, strict=True):
-        squares, summary = torch.ops.deepcore.grad_stats(batch.grads, batch.table.rows, batch.table.chunk_offsets)
-        totals.append(summary[0])
+    for params_of, squares, total in arena.squares():
+        totals.append(total)
         vector[1:].index_add_(0, params_of, (~torch.isfinite(squares)).double(), alpha=SPOILT)
     vector[0] = torch.stack(totals).sum()
     return vector

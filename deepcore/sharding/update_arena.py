@@ -5,7 +5,8 @@ Knows nothing of where the memory comes from or of ranks; subclasses do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +35,13 @@ class Form:
 class UpdateArena:
     """The masters, gradients and state that one rank updates.
 
-    An update is ``collect()``, launches over ``batches``, ``deliver()``.
+    An update is ``here()``, ``collect()``, launches over what ``visit()`` yields, ``deliver()``.
 
     Attributes:
-        device: of all tensors of the batches.
+        device: where weights are used and gradients are reduced.
+        home: device of all tensors of the batches.
+        is_filed: state is in a file, and in a batch's tensors only inside ``visit`` and ``at_hand``.
+        is_local: False where the update first looks at ``skip``, to save the way there and back.
         names: of all parameters, also of those that other ranks update.
         usage: uint8 (P,), a flag per parameter in that order: 1 where a gradient arrived in this window.
         forms: shape and strides of every parameter by name.
@@ -46,13 +50,37 @@ class UpdateArena:
         is_whole: whether this rank updates every parameter from end to end.
     """
 
+    is_filed = False
+    is_local = True
     device: torch.device
+    home: torch.device
     names: list[str]
     usage: torch.Tensor
     forms: dict[str, Form]
     batches: list[SegmentBatch]
     params_of: list[torch.Tensor]
     is_whole: bool
+
+    def here(self, *scalars: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What the device decided of this step, fp32 (1,) each, on ``home``. Waits where that is another device."""
+        return scalars
+
+    def visit(self, *, states: bool = True, weights: bool = True) -> Iterator[SegmentBatch]:
+        """Every batch in turn, its content at hand until the next one is asked for.
+
+        Args:
+            states: state is written, and kept.
+            weights: so are masters and copies.
+        """
+        yield from self.batches
+
+    @contextmanager
+    def at_hand(self, batch: SegmentBatch, *, keep: bool) -> Iterator[None]:
+        """One batch's content in its tensors, outside of an update; what is written to it stays if ``keep``."""
+        yield
+
+    def settle(self) -> None:
+        """Return when the host may read and write everything that is kept for updates."""
 
     def collect(self) -> None:
         """Bring what the coming update reads into the batches. Collective in arenas that span ranks."""

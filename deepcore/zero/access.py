@@ -25,6 +25,7 @@ from deepcore.zero.locate import (
     require_local,
     require_shape,
     run,
+    store_weights,
     weights_part,
 )
 from deepcore.zero.parts import assemble
@@ -61,7 +62,7 @@ def safe_set_full_fp32_param(param: torch.nn.Parameter, value: Tensor) -> None:
     keep_weights(held, weights, exact)
     part = weights_part(held)
     if part is not None:  # a master that the weight rounds to is written too
-        part.values.copy_(run(exact, part))
+        store_weights(held, part, run(exact, part))
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def safe_get_local_fp32_param(param: torch.nn.Parameter) -> Tensor | None:
     if held.group is None:
         return param.detach().float().reshape(-1).clone()
     part = weights_part(held)
-    return None if part is None else part.values.to(torch.float32, copy=True)
+    return None if part is None else part.values.to(held.holdings.axis.device, torch.float32, copy=True)
 
 
 @torch.no_grad()
@@ -90,10 +91,11 @@ def safe_set_local_fp32_param(param: torch.nn.Parameter, value: Tensor | None) -
         return
     require_local(held, value, 0 if part is None else part.values.numel())
     if part is not None and value is not None:
-        part.values.copy_(value.reshape(-1))
+        store_weights(held, part, value.reshape(-1))
+        part = weights_part(held)
     whole = assemble(part, held.holdings.axis)
     if whole is not None:
-        held.group.put(held.index, whole.values.to(held.group.key.dtype))
+        keep_weights(held, whole.values.to(held.group.key.dtype))
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ def safe_get_local_grad(param: torch.nn.Parameter) -> Tensor | None:
             do="use safe_get_full_grad, which reduces for its caller",
         )
     part = gradient_part(held) if window.reduced else None
-    return None if part is None else part.values.float() * inverse_scale(held)
+    return None if part is None else part.values.to(held.holdings.axis.device).float() * inverse_scale(held)
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ class Exchange:
         self._wire = self._like.new_empty(sum(self._in_splits))
         self._landing = self._like.new_empty(sum(self._out_splits))
         torch.ops.deepcore.flatten_(self._wire, self._sends, self._send_starts)
+        if self._like.device != self._axis.device:  # slices are offloaded: they travel through the device
+            self._wire, self._landing = self._wire.to(self._axis.device), self._landing.to(self._axis.device)
         self._work = self._axis.all_to_all_into(
             self._landing, self._wire, self._out_splits, self._in_splits, what="parts of whole parameters"
         )
@@ -43,7 +45,7 @@ class Exchange:
         """Complete what was launched."""
         assert self._work is not None
         self._work.wait()
-        torch.ops.deepcore.unflatten_(self._receives, self._landing, self._receive_starts)
+        torch.ops.deepcore.unflatten_(self._receives, self._landing.to(self._like.device), self._receive_starts)
         self._work, self._wire, self._landing = None, self._like.new_empty(0), self._like.new_empty(0)
 
 

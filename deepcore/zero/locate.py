@@ -28,12 +28,28 @@ def weights_part(held: Held) -> Part | None:
         begin, _ = held.group.layout.shard_range(held.holdings.axis.rank)
         return part_of(held.group.shard, begin, held.slot.start, held.slot.shape)
     arena = held.holdings.strategy.arena
-    return part_of(arena.masters[held.number], arena.ranges[held.number][0], held.slot.start, held.slot.shape)
+    run = arena.run_of(held.number, held.index)
+    if run is None:
+        return None
+    low, high, start = run
+    return Part(arena.master_run(held.number, low, high), low - start, held.slot.shape)
+
+
+def store_weights(held: Held, part: Part, values: Tensor) -> None:
+    """Write ``values`` (1-D, any dtype) where ``weights_part`` found ``part``."""
+    if held.number is None:
+        part.values.copy_(values)
+        return
+    arena = held.holdings.strategy.arena
+    run = arena.run_of(held.number, held.index)
+    assert run is not None
+    arena.store_master(held.number, run[0], values)
 
 
 def gradient_part(held: Held) -> Part | None:
     assert held.number is not None
     arena = held.holdings.strategy.arena
+    arena.settle()
     return part_of(arena.grads[held.number], arena.ranges[held.number][0], held.slot.start, held.slot.shape)
 
 

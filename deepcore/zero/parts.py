@@ -69,7 +69,7 @@ def assemble(mine: Part | None, axis: Axis) -> Part | None:
     shape = tuple(first[4 : 4 + first[3]])
     numel = math.prod(shape)
     if mine is not None and all(row[2] == numel for row in rows):
-        return Part(mine.values.clone(), 0, shape)
+        return Part(mine.values.to(axis.device, copy=True), 0, shape)
     flat = torch.empty(numel, dtype=_DTYPES[first[0] - 1], device=axis.device)
     works, covered = [], 0
     for rank, row in sorted(enumerate(rows), key=lambda item: (item[1][1], -item[1][2])):

@@ -15,6 +15,8 @@ from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.pieces import Piece, PieceArena
 from deepcore.sharding.placement import UpdateRule
 
+_WHAT = "masters or gradients for every rank"
+
 
 class ReplicatedArena(PieceArena):
     """Whole masters, gradients and optimizer state on every rank, whatever is sharded otherwise.
@@ -37,15 +39,21 @@ class ReplicatedArena(PieceArena):
         super().__init__(base, pieces, is_whole=True)
 
     def collect(self) -> None:
+        self.base.settle()
         self.activate()
-        works: list[Work] = []
-        for whole, shard in (
+        pairs = [
             *zip(self._masters, self.base.masters, strict=True),
             *zip(self._grads, self.base.grads, strict=True),
-        ):
-            works.append(self._axis.all_gather_into(whole, shard, what="masters or gradients for every rank"))
-        for work in works:
-            work.wait()
+        ]
+        if self.home == self.device:
+            works: list[Work] = [self._axis.all_gather_into(whole, shard, what=_WHAT) for whole, shard in pairs]
+            for work in works:
+                work.wait()
+            return
+        for whole, shard in pairs:  # one at a time on the device: what is offloaded may not fit there
+            landing = torch.empty(whole.shape, dtype=whole.dtype, device=self.device)
+            self._axis.all_gather_into(landing, shard.to(self.device), what=_WHAT).wait()
+            whole.copy_(landing)
 
     def deliver(self) -> None:
         base = self.base
@@ -56,3 +64,4 @@ class ReplicatedArena(PieceArena):
             master.copy_(mine)
             if copy is not None:
                 copy.copy_(mine)
+        base.send()

@@ -6,7 +6,7 @@ Knows nothing of which backward passes end in a reduction: each stage says so.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,6 +23,7 @@ from deepcore.zero.hooks import GradientHooks
 from deepcore.zero.shards import ShardWindow, gather_weights, measure_shards
 from deepcore.zero.strategy import WindowGradient, ZeroStrategy
 
+ArenaMaker = Callable[[Sequence[FlatGroup], int], ShardArena]
 MAX_IN_FLIGHT = 2  # groups whose buffers may exist at a time
 
 
@@ -38,9 +39,17 @@ class ShardedGradients(ZeroStrategy):
     def reduces(self, boundary: bool) -> bool:
         """Whether a backward pass that is not held ends in a reduction."""
 
-    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        groups: Sequence[FlatGroup],
+        axis: Axis,
+        *,
+        overlap: bool,
+        deterministic: bool = False,
+        make_arena: ArenaMaker = ShardArena,
+    ) -> None:
         self.groups = list(groups)
-        self.arena = ShardArena(self.groups, axis.rank)
+        self.arena = make_arena(self.groups, axis.rank)
         self.watch = WeightWatch(self.arena)
         self._axis = axis
         self.deterministic = deterministic
@@ -111,7 +120,10 @@ class ShardedGradients(ZeroStrategy):
         return measure_shards(self.arena, self._window, self._axis)
 
     def agree(self, vector: torch.Tensor) -> None:
-        self._axis.all_reduce(vector, op="sum", what="sums of squares").wait()
+        total = vector.to(self._axis.device)  # an offloaded update has it on the host
+        self._axis.all_reduce(total, op="sum", what="sums of squares").wait()
+        if total is not vector:
+            vector.copy_(total)
 
     def publish(self) -> None:
         gather_weights(self.groups, self._axis)
@@ -131,6 +143,7 @@ class ShardedGradients(ZeroStrategy):
         return self._window.gradient(number, index, local)
 
     def mark_used(self, number: int, index: int) -> None:
+        self.arena.rewritten(number)
         self._window.note_use(number, [place == index for place in range(len(self.groups[number].params))])
 
     def add_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:

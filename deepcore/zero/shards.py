@@ -6,6 +6,7 @@ Knows nothing of when gradients leave; each stage decides that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -53,14 +54,9 @@ class ShardWindow:
         self, reducer: GradReducer, number: int, wire: torch.Tensor, done: Callable[[], None] = lambda: None
     ) -> None:
         """Reduce ``wire`` into this rank's shard of group ``number``, on top of what the window put there."""
-        reducer.launch_shard(
-            wire,
-            self._arena.grads[number],
-            accumulate=self._holds[number],
-            divisor=self._divisor,
-            what=self._arena.groups[number].label,
-            done=done,
-        )
+        keep, what = self._holds[number], self._arena.groups[number].label
+        into = partial(self._arena.receiving, number, keep=keep)
+        reducer.launch_shard(wire, into, accumulate=keep, divisor=self._divisor, what=what, done=done)
         self._holds[number] = True
 
     def gradient(self, number: int, index: int, local: torch.Tensor | None) -> WindowGradient:

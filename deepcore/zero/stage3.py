@@ -12,10 +12,11 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from deepcore.comm.mesh import Axis
+from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.sharded_group import ShardedGroup
 from deepcore.zero.hooks import watch_modules
-from deepcore.zero.sharded import MAX_IN_FLIGHT, ShardedGradients
+from deepcore.zero.sharded import MAX_IN_FLIGHT, ArenaMaker, ShardedGradients
 from deepcore.zero.shards import gather_weights
 from deepcore.zero.traffic import UnitTraffic
 from deepcore.zero.unit import Unit
@@ -29,8 +30,16 @@ class Stage3(ShardedGradients):
     Groups of small parameters stay whole, as at stage 2: their weights are gathered after the update.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], axis: Axis, *, overlap: bool, traffic: UnitTraffic) -> None:
-        super().__init__(groups, axis, overlap=overlap)
+    def __init__(
+        self,
+        groups: Sequence[FlatGroup],
+        axis: Axis,
+        *,
+        overlap: bool,
+        traffic: UnitTraffic,
+        make_arena: ArenaMaker = ShardArena,
+    ) -> None:
+        super().__init__(groups, axis, overlap=overlap, make_arena=make_arena)
         self.traffic = traffic
         self._replicated = [group for group in self.groups if not isinstance(group, ShardedGroup)]
         self._unit_of = {number: unit for unit in traffic.units for number in unit.numbers}

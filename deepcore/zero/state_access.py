@@ -101,12 +101,9 @@ def _write_state(held: Held, key: str, part: Part, flat: Tensor) -> None:
     assert optimizer is not None
     offset, found = optimizer.local_state(held.param)
     value = found[key]
-    if not isinstance(value, Tensor):
-        found[key] = type(value)(flat.item())
-    elif offset is not None and value.ndim:
-        value.copy_(flat)
-    else:
-        value.copy_(in_shape(flat, held) if part.shape == form(held) else flat.reshape(part.shape))
+    if isinstance(value, Tensor) and (offset is None or not value.ndim):
+        flat = in_shape(flat, held) if part.shape == form(held) else flat.reshape(part.shape)
+    optimizer.write_state(held.param, key, flat)
 
 
 def _no_state(held: Held, key: str, keys: Sequence[str]) -> UsageError:

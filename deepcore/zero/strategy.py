@@ -96,9 +96,7 @@ class ZeroStrategy(ABC):
 
     def adopt_masters(self) -> None:
         """The masters were overwritten as a whole: let copies and the module's weights follow. Collective."""
-        for master, copy in zip(self.arena.masters, self.arena.copies, strict=True):
-            if copy is not None:
-                copy.copy_(master)
+        self.arena.round_masters()
         self.publish()
         self.watch.renew()
 

@@ -84,4 +84,4 @@ class Unit:
     def contribute(self, axis: Axis) -> None:
         """Take part in a gather whose result this rank has already."""
         for group in self.groups:
-            axis.all_gather_into(torch.empty_like(group.full), group.shard, what=group.label).wait()
+            group.contribute(axis)

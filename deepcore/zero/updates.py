@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from deepcore.comm.mesh import Axis
+from deepcore.errors import ConfigError
 from deepcore.optim.segment_optimizer import Agree, alone
 from deepcore.sharding.placement import UpdateRule
 from deepcore.sharding.update_arena import UpdateArena
@@ -28,9 +29,20 @@ def place_updates(
         replicate: every rank is to update everything.
     """
     base = strategy.arena
+    if base.is_filed and (replicate or any(rule.whole or rule.family for rule in rules.values())):
+        raise _needs_memory(replicate)
     if replicate and not base.is_whole:
         return ReplicatedArena(base, axis, rules), alone
     one_kind = all(not rule.family for rule in rules.values())
     if one_kind and (base.is_whole or not any(rule.whole for rule in rules.values())):
         return base, strategy.agree
     return WholeArena(base, axis, rules), strategy.agree
+
+
+def _needs_memory(replicate: bool) -> ConfigError:
+    return ConfigError(
+        "optimizer state in a file is updated tile by tile, and this update needs whole parameters",
+        got="replicate_optimizer" if replicate else "Muon, or an optimizer passed as an object",
+        expected="Adam, AdamW, LAMB, Lion, Adagrad or SGD of deepcore.optim or the config, without replicate_optimizer",
+        do='set "zero_optimization.offload_optimizer.device" to "cpu", or choose another optimizer',
+    )

@@ -111,6 +111,7 @@ class WholeArena(PieceArena):
                         )
 
     def collect(self) -> None:
+        self.base.settle()
         self.activate()
         run(self._inward)
 
@@ -118,6 +119,7 @@ class WholeArena(PieceArena):
         run(self._outward)
         for copy, master in self._arrivals:
             copy.copy_(master)
+        self.base.send()
 
     @property
     def travelling_nbytes(self) -> int:

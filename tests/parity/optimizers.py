@@ -80,7 +80,8 @@ def train_with(
         applied.append(engine.was_step_applied())
     engine.destroy()  # which leaves whole weights behind at every stage
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return {"weights": weights, "applied": applied, "state": state_numel(optimizer)}
+    away = not engine.strategy.arena.is_local
+    return {"weights": weights, "applied": applied, "state": state_numel(optimizer), "away": away}
 
 
 def state_numel(optimizer: Any) -> int:

@@ -67,7 +67,9 @@ class ZeroOptimization(Section):
     overlap_comm: bool | None = Field(default=None, description="Overlap with backward; unset: where it helps.")
     load_from_fp32_weights: bool = Field(default=True, description="Restore masters from fp32 weights of a checkpoint.")
     ignore_unused_parameters: bool = Field(default=True, description="Parameters without a gradient are not an error.")
-    sub_group_size: Positive = Field(default=1_000_000_000, description="Elements of one optimizer tile at stage 3.")
+    sub_group_size: Positive = Field(
+        default=1_000_000_000, description="Elements of one tile of an offloaded update, at most 2^22."
+    )
     stage3_prefetch_bucket_size: Count | None = Field(
         default=None, description="Elements gathered ahead of use; unset: one unit."
     )

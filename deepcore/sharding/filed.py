@@ -1,0 +1,160 @@
+"""Owns an arena whose masters and optimizer state live in a file, and pass through memory a tile at a time.
+
+Knows nothing of formulas, ranks or how files are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from deepcore.errors import StorageError
+from deepcore.sharding.file_store import FileColumn, Ticket, aligned_buffer
+from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.homes import Homes
+from deepcore.sharding.segments import SegmentBatch
+from deepcore.sharding.tiles import Tile, TiledArena
+
+MASTER = "master"
+
+
+class FiledArena(TiledArena):
+    """A tiled arena of which a few tiles are in memory while an update passes, and none otherwise.
+
+    A ring of ``homes.num_buffers`` tiles: while one is updated, the next ones are read and the last ones written.
+    What stays in memory is what training itself uses: weights (which are the masters in fp32) and gradients.
+
+    In ``masters`` an empty tensor stands for one that is in the file: ``master_run`` and ``store_master`` go there.
+    Batches hold a tile's content inside ``visit`` and ``at_hand`` only.
+    """
+
+    is_filed = True
+
+    def __init__(self, groups: Sequence[FlatGroup], rank: int, homes: Homes) -> None:
+        assert homes.store is not None
+        self._store = homes.store
+        self._columns: list[dict[str, FileColumn]] = []  # per group, by name
+        self._ring: dict[tuple[int, str], torch.Tensor] = {}
+        self._torn = False  # whether a transfer failed half way through an update
+        super().__init__(groups, rank, homes)
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    def _hold(self, group: FlatGroup, weights: torch.Tensor, master: torch.Tensor | FileColumn | None) -> None:
+        self._columns.append({})
+        if master is not None:
+            column = master if isinstance(master, FileColumn) else self._homes.file(master)
+            self._columns[-1][MASTER] = column
+            master = torch.empty(0, dtype=column.dtype)
+        super()._hold(group, weights, master)
+
+    def _cut(self, number: int) -> Iterator[tuple[int, int]]:
+        begin, end = self.ranges[number]
+        size = self._homes.tile_numel
+        for low in range(0, end - begin, size):
+            yield low, min(low + size, end - begin)
+
+    def _masters_of(self, tile: Tile, place: int) -> torch.Tensor:
+        if MASTER not in self._columns[tile.group]:
+            return super()._masters_of(tile, place)
+        return self._buffer(place, MASTER, self._columns[tile.group][MASTER].dtype)[: tile.end - tile.begin]
+
+    def _buffer(self, place: int, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Room for a tile's part of a column, shared by all tiles of one place in the ring."""
+        key = (place % self._homes.num_buffers, f"{name} {dtype}")
+        if key not in self._ring:
+            largest = max(group.layout.shard_numel for group in self.groups)
+            self._ring[key] = aligned_buffer(min(self._homes.tile_numel, -(-largest // 4096) * 4096), dtype)
+        return self._ring[key]
+
+    def allocate_state(self, names: Sequence[str], family: str = "") -> None:
+        assert family == "", "whole-parameter updates are refused before"
+        for number, group in enumerate(self.groups):
+            for name in names:
+                self._columns[number][name] = self._store.column(group.layout.shard_numel, torch.float32)
+        for place, (tile, batch) in enumerate(zip(self.tiles, self.batches, strict=True)):
+            for name in names:
+                batch.states[name] = [self._buffer(place, name, torch.float32)[: tile.end - tile.begin]]
+
+    def master_run(self, number: int, low: int, high: int) -> torch.Tensor:
+        column = self._columns[number].get(MASTER)
+        return super().master_run(number, low, high) if column is None else column.read(low, high)
+
+    def store_master(self, number: int, low: int, values: torch.Tensor) -> None:
+        column = self._columns[number].get(MASTER)
+        if column is None:
+            super().store_master(number, low, values)
+        else:
+            column.write(low, values)
+
+    # --- tiles in memory ------------------------------------------------------------------------------------------
+
+    def visit(self, *, states: bool = True, weights: bool = True) -> Iterator[SegmentBatch]:
+        self._require_whole()
+        count, size = len(self.tiles), self._homes.num_buffers
+        ahead = max(1, size - 2)  # so that a write has a tile's time to finish before its memory is read into
+        flights: dict[int, list[Ticket]] = {}
+        begun = 0
+        self._torn = True
+        try:
+            for place, tile in enumerate(self.tiles):
+                while begun < min(place + ahead + 1, count):
+                    _finish(flights.pop(begun - size, []))
+                    flights[begun] = self._begin(begun, writes=False)
+                    begun += 1
+                _finish(flights.pop(place))
+                self._shards.arrive(tile.group)
+                yield self.batches[place]
+                if weights:
+                    self._send(tile)
+                flights[place] = self._begin(place, writes=True, states=states, weights=weights)
+            while flights:
+                _finish(flights.pop(min(flights)))
+            self._torn = False
+        finally:
+            for tickets in flights.values():  # something failed: what is in flight still uses our memory
+                _settle(tickets)
+
+    @contextmanager
+    def at_hand(self, batch: SegmentBatch, *, keep: bool) -> Iterator[None]:
+        self._require_whole()
+        place = next(place for place, other in enumerate(self.batches) if other is batch)
+        _finish(self._begin(place, writes=False))
+        yield
+        if keep:
+            _finish(self._begin(place, writes=True))
+
+    def _begin(self, place: int, *, writes: bool, states: bool = True, weights: bool = True) -> list[Ticket]:
+        tile, tickets = self.tiles[place], []
+        for name, column in self._columns[tile.group].items():
+            if weights if name == MASTER else states:
+                buffer = self._buffer(place, name, column.dtype)
+                begin = column.begin_write if writes else column.begin_read
+                tickets.append(begin(buffer, tile.begin, tile.end))
+        return tickets
+
+    def _require_whole(self) -> None:
+        if self._torn:
+            raise StorageError(
+                "offloaded state is torn: an update failed half way, or is under way",
+                got="a tile whose reading, update or writing did not finish",
+                expected="state of one step",
+                do="build a new engine and load a checkpoint",
+            )
+
+    def release(self) -> None:
+        super().release()
+        self._store.close()
+
+
+def _finish(tickets: Sequence[Ticket]) -> None:
+    _settle(tickets)
+    for ticket in tickets:
+        ticket.wait()
+
+
+def _settle(tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.settle()

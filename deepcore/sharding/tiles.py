@@ -1,0 +1,270 @@
+"""Owns an arena whose masters and optimizer state live in host memory, updated there one tile after the other.
+
+Knows nothing of formulas or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from deepcore.ops import load
+from deepcore.sharding.arena import ShardArena
+from deepcore.sharding.file_store import FileColumn
+from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.homes import Homes
+from deepcore.sharding.host import CPU, Lane, Trip
+from deepcore.sharding.segments import SegmentBatch, SegmentTable, fresh_counts
+from deepcore.sharding.sharded_group import ShardedGroup
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Elements [begin, end) of this rank's shard of one group."""
+
+    group: int
+    begin: int
+    end: int
+
+
+class TiledArena(ShardArena):
+    """A rank's shards with everything that only an update needs on the host.
+
+    On the device remain weights, and gradients while they are being reduced. Each reduced shard leaves for the host
+    while backward goes on; its squares are summed on the device before. A step waits once, for scale and skip flag,
+    and once per tile for gradients that are still on their way; the new weights of a tile travel back while the next
+    one is updated.
+
+    ``masters``, ``grads`` and ``copies`` are on the host. Where a master is the weights themselves (fp32), and for
+    low-precision copies, the host keeps a twin of the device's shard, so that nothing travels but gradients in and
+    weights out. If the host's memory is the device's, there are no twins and no copies.
+    """
+
+    is_local = False
+
+    def __init__(self, groups: Sequence[FlatGroup], rank: int, homes: Homes) -> None:
+        load("cpu")
+        self._homes, self.apart = homes, homes.apart
+        self._twins: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # (on the host, on the device)
+        self.tiles: list[Tile] = []
+        super().__init__(groups, rank)
+        if self.apart:
+            self.home = CPU
+        self._usage_at_home = torch.zeros_like(self.usage, device=self.home)
+        self._weights_out = Lane(self.device)
+        self._last: Trip | None = None
+        self._shards = _Inbox(self)
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    def _hold(self, group: FlatGroup, weights: torch.Tensor, master: torch.Tensor | FileColumn | None) -> None:
+        assert not isinstance(master, FileColumn), "arenas of files take those"
+        if not self.apart:
+            super()._hold(group, weights, master)
+            self._twins.append(None)
+            return
+        away = self._homes.shards_away and isinstance(group, ShardedGroup)
+        twin = weights if away else self._homes.memory.like(weights)
+        self._twins.append(None if away else (twin, weights))
+        self.masters.append(twin if master is None else master.cpu())
+        self.copies.append(None if master is None else twin)
+        self.grads.append(self._homes.memory.zeros(weights.numel(), group.dtypes.accumulate))
+
+    def _make_batches(self) -> None:
+        home = CPU if self.apart else self.device
+        for number in range(len(self.groups)):
+            for low, high in self._cut(number):
+                table, params_of = self._table([(number, low, high)], home)
+                if not len(table):
+                    continue
+                tile = Tile(number, low, high)
+                self.tiles.append(tile)
+                copy = self.copies[number]
+                self._add_batch(
+                    SegmentBatch(
+                        params=[self._masters_of(tile, len(self.batches))],
+                        grads=[self.grads[number][low:high]],
+                        copies=[] if copy is None else [copy[low:high]],
+                        table=table,
+                        **fresh_counts(table),
+                    ),
+                    params_of,
+                )
+
+    def _masters_of(self, tile: Tile, place: int) -> torch.Tensor:
+        """What a tile's update reads and writes as its masters; ``place`` is its number."""
+        return self.masters[tile.group][tile.begin : tile.end]
+
+    def _cut(self, number: int) -> Iterator[tuple[int, int]]:
+        """Runs of whole parameters of about ``tile_numel`` elements; a larger parameter is one of its own."""
+        begin, end = self.ranges[number]
+        low = begin
+        for part in self.groups[number].layout.overlaps(begin, end):
+            start = begin + part.in_range
+            if start > low and start + part.numel - low > self._homes.tile_numel:
+                yield low - begin, start - begin
+                low = start
+        if low < end:
+            yield low - begin, end - begin
+
+    def follow(self, number: int, index: int, weights: torch.Tensor, exact: torch.Tensor | None = None) -> None:
+        self.settle()
+        super().follow(number, index, weights, exact)
+        twins, run = self._twins[number], self.run_of(number, index)
+        if twins is not None and run is not None:
+            low, high, start = run
+            twins[0][low:high].copy_(weights[low - start : high - start])
+
+    # --- gradients ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def receiving(self, number: int, *, keep: bool) -> Iterator[torch.Tensor]:
+        if not self.apart:
+            yield self.grads[number]
+            return
+        with self._shards.open(number, keep=keep) as target:
+            yield target
+
+    def rewritten(self, number: int) -> None:
+        self._shards.forget(number)
+
+    def squares(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for members in self._members_by_kind():
+            if self.apart:
+                found = [self._shards.squares(number) for number in members]
+                squares = torch.cat([squares for squares, _ in found])
+                if len(squares):  # summed one by one, as the kernel does on a CPU
+                    yield torch.cat([params_of for _, params_of in found]), squares, squares.cumsum(0)[-1]
+                continue
+            table, params_of = self._shards.table(members)
+            grads = [self.grads[number] for number in members]
+            squares, summary = torch.ops.deepcore.grad_stats(grads, table.rows, table.chunk_offsets)
+            yield params_of, squares, summary[0]
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def activate(self) -> None:
+        if not self.apart:
+            self._usage_at_home.copy_(self.usage)
+            self._activate_at_home()
+
+    def _activate_at_home(self) -> None:
+        for batch, params_of in zip(self.batches, self.params_of, strict=True):
+            torch.index_select(self._usage_at_home, 0, params_of, out=batch.active)
+
+    @property
+    def usage_at_home(self) -> torch.Tensor:
+        return self._usage_at_home
+
+    def here(self, *scalars: torch.Tensor) -> Sequence[torch.Tensor]:
+        if not self.apart:
+            return scalars
+        both = torch.cat([*(scalar.float() for scalar in scalars), self.usage.float()]).to(CPU)
+        self._usage_at_home.copy_(both[len(scalars) :] > 0)
+        self._activate_at_home()
+        return [both[index : index + 1] for index in range(len(scalars))]
+
+    def visit(self, *, states: bool = True, weights: bool = True) -> Iterator[SegmentBatch]:
+        for tile, batch in zip(self.tiles, self.batches, strict=True):
+            self._shards.arrive(tile.group)
+            yield batch
+            if weights:
+                self._send(tile)
+
+    def _send(self, tile: Tile) -> None:
+        twins = self._twins[tile.group]
+        if twins is not None:
+            host, device = twins
+            self._last = self._weights_out.copy(device[tile.begin : tile.end], host[tile.begin : tile.end])
+
+    def deliver(self) -> None:
+        if self._last is not None:
+            self._last.wait()
+
+    def send(self) -> None:
+        for tile in self.tiles:
+            self._send(tile)
+        self.deliver()
+
+    def settle(self) -> None:
+        for number in range(len(self.groups)):
+            self._shards.arrive(number)
+        if self._last is not None:
+            self._last.arrive()
+            self._last = None
+
+    def release(self) -> None:
+        self.settle()
+        self._homes.release()
+
+
+class _Inbox:
+    """The way of reduced shards from the device to the host, and what was seen of them in passing."""
+
+    def __init__(self, arena: TiledArena) -> None:
+        self._arena = arena
+        self._lane = Lane(arena.device)
+        self._trips: dict[int, Trip] = {}
+        self._squares: dict[int, torch.Tensor] = {}
+        self._tables: dict[tuple[int, ...], tuple[SegmentTable, torch.Tensor]] = {}
+        self._rings: dict[torch.dtype, list[tuple[torch.Tensor, Trip | None]]] = {}
+
+    @contextmanager
+    def open(self, number: int, *, keep: bool) -> Iterator[torch.Tensor]:
+        """A buffer on the device for a shard, which leaves for the host when the block ends."""
+        home = self._arena.grads[number]
+        whole = self._take(home.dtype)
+        buffer = whole[: home.numel()]
+        if keep:  # behind the copies that brought it there: they share the lane
+            self._lane.copy(buffer, home).wait()
+        yield buffer
+        self._squares[number] = self._read(number, buffer)
+        trip = self._lane.copy(home, buffer)
+        self._trips[number] = trip
+        self._rings[home.dtype].append((whole, trip))
+
+    def _take(self, dtype: torch.dtype) -> torch.Tensor:
+        """The older of two buffers that fit every shard; the stream waits until what it held has left."""
+        ring = self._rings.setdefault(dtype, [])
+        if not ring:
+            numel = max(grad.numel() for grad in self._arena.grads if grad.dtype == dtype)
+            ring += [(torch.empty(numel, dtype=dtype, device=self._arena.device), None) for _ in range(2)]
+        buffer, trip = ring.pop(0)
+        if trip is not None:
+            trip.wait()
+        return buffer
+
+    def _read(self, number: int, shard: torch.Tensor) -> torch.Tensor:
+        table, _ = self.table([number])
+        squares: torch.Tensor = torch.ops.deepcore.grad_stats([shard], table.rows, table.chunk_offsets)[0]
+        return squares
+
+    def table(self, members: Sequence[int]) -> tuple[SegmentTable, torch.Tensor]:
+        """Segments of whole shards, and their parameters, on the device."""
+        key = tuple(members)
+        if key not in self._tables:
+            arena = self._arena
+            runs = [(number, 0, arena.grads[number].numel()) for number in members]
+            self._tables[key] = arena._table(runs, arena.device)
+        return self._tables[key]
+
+    def squares(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per segment of a shard: the sum of squares, and its parameter."""
+        _, params_of = self.table([number])
+        if number not in self._squares:  # written on the host, or never reduced
+            self.arrive(number)
+            self._squares[number] = self._read(number, self._arena.grads[number].to(self._arena.device))
+        return self._squares[number], params_of
+
+    def forget(self, number: int) -> None:
+        """The host's shard was written: what was seen of it in passing is old."""
+        self._squares.pop(number, None)
+
+    def arrive(self, number: int) -> None:
+        """Return when the host may read and write its shard."""
+        trip = self._trips.pop(number, None)
+        if trip is not None:
+            trip.arrive()
