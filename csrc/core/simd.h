@@ -9,6 +9,7 @@ namespace DEEPCORE_ISA {
 
 using ::deepcore::load;  // the scalar forms, which the overloads below would otherwise hide
 using ::deepcore::root;
+using ::deepcore::sign;
 using ::deepcore::splat;
 using ::deepcore::store;
 

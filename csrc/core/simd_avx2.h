@@ -22,6 +22,10 @@ DEEPCORE_FN vec operator-(vec a, vec b) { return {_mm256_sub_ps(a.value, b.value
 DEEPCORE_FN vec operator*(vec a, vec b) { return {_mm256_mul_ps(a.value, b.value)}; }
 DEEPCORE_FN vec operator/(vec a, vec b) { return {_mm256_div_ps(a.value, b.value)}; }
 DEEPCORE_FN vec root(vec a) { return {_mm256_sqrt_ps(a.value)}; }
+DEEPCORE_FN vec sign(vec a) {
+    const __m256 one = _mm256_or_ps(_mm256_and_ps(a.value, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
+    return {_mm256_and_ps(one, _mm256_cmp_ps(a.value, _mm256_setzero_ps(), _CMP_NEQ_OQ))};
+}
 DEEPCORE_FN void splat(float value, vec& x) { x.value = _mm256_set1_ps(value); }
 
 DEEPCORE_FN __m128i load_halves(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
@@ -60,6 +64,7 @@ DEEPCORE_FN void load(const bf16* from, dvec& x) {
     x.value = _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(load_four(from)), 16)));
 }
 DEEPCORE_FN void load(const f16* from, dvec& x) { x.value = _mm256_cvtps_pd(_mm_cvtph_ps(load_four(from))); }
+DEEPCORE_FN void load(const double* from, dvec& x) { x.value = _mm256_loadu_pd(from); }
 DEEPCORE_FN void store(double* to, dvec x) { _mm256_storeu_pd(to, x.value); }
 // The square of a widened fp32 is exact in fp64, so fusing changes no bit.
 DEEPCORE_FN void add_square(dvec& sum, dvec x) { sum.value = _mm256_fmadd_pd(x.value, x.value, sum.value); }

@@ -31,6 +31,10 @@ DEEPCORE_FN vec operator-(vec a, vec b) { return {_mm512_sub_ps(a.value, b.value
 DEEPCORE_FN vec operator*(vec a, vec b) { return {_mm512_mul_ps(a.value, b.value)}; }
 DEEPCORE_FN vec operator/(vec a, vec b) { return {_mm512_div_ps(a.value, b.value)}; }
 DEEPCORE_FN vec root(vec a) { return {_mm512_sqrt_ps(a.value)}; }
+DEEPCORE_FN vec sign(vec a) {
+    const __m512 one = _mm512_or_ps(_mm512_and_ps(a.value, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.value, _mm512_setzero_ps(), _CMP_NEQ_OQ), one)};
+}
 DEEPCORE_FN void splat(float value, vec& x) { x.value = _mm512_set1_ps(value); }
 
 DEEPCORE_FN __m256i load_halves(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
@@ -71,6 +75,7 @@ DEEPCORE_FN void load(const bf16* from, dvec& x) {
     x.value = _mm512_cvtps_pd(_mm256_castsi256_ps(bits));
 }
 DEEPCORE_FN void load(const f16* from, dvec& x) { x.value = _mm512_cvtps_pd(_mm256_cvtph_ps(load_eight(from))); }
+DEEPCORE_FN void load(const double* from, dvec& x) { x.value = _mm512_loadu_pd(from); }
 DEEPCORE_FN void store(double* to, dvec x) { _mm512_storeu_pd(to, x.value); }
 // The square of a widened fp32 is exact in fp64, so fusing changes no bit.
 DEEPCORE_FN void add_square(dvec& sum, dvec x) { sum.value = _mm512_fmadd_pd(x.value, x.value, sum.value); }

@@ -22,6 +22,10 @@ DEEPCORE_FN vec operator-(vec a, vec b) { return {vsubq_f32(a.value, b.value)}; 
 DEEPCORE_FN vec operator*(vec a, vec b) { return {vmulq_f32(a.value, b.value)}; }
 DEEPCORE_FN vec operator/(vec a, vec b) { return {vdivq_f32(a.value, b.value)}; }
 DEEPCORE_FN vec root(vec a) { return {vsqrtq_f32(a.value)}; }
+DEEPCORE_FN vec sign(vec a) {
+    const float32x4_t zero = vdupq_n_f32(0), one = vdupq_n_f32(1);
+    return {vbslq_f32(vcgtq_f32(a.value, zero), one, vbslq_f32(vcltq_f32(a.value, zero), vnegq_f32(one), zero))};
+}
 DEEPCORE_FN void splat(float value, vec& x) { x.value = vdupq_n_f32(value); }
 
 DEEPCORE_FN uint16x4_t load_halves(const void* from) { return vld1_u16(static_cast<const uint16_t*>(from)); }
@@ -57,6 +61,7 @@ DEEPCORE_FN void load(const T* from, dvec& x) {
     load(from + 1, pair[1]);
     load(pair, x);
 }
+DEEPCORE_FN void load(const double* from, dvec& x) { x.value = vld1q_f64(from); }
 DEEPCORE_FN void store(double* to, dvec x) { vst1q_f64(to, x.value); }
 // The square of a widened fp32 is exact in fp64, so fusing changes no bit.
 DEEPCORE_FN void add_square(dvec& sum, dvec x) { sum.value = vfmaq_f64(sum.value, x.value, x.value); }

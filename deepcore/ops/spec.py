@@ -30,6 +30,10 @@ _TARGET_DEFINE = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1
 # No contraction: a fused multiply-add rounds once where the reference ops round twice, and results must agree bitwise.
 _HOST_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 CPU_FLAGS = (*_HOST_FLAGS, "-fno-trapping-math", _TARGET_DEFINE)
+BINDING_FLAGS = (
+    *CPU_FLAGS,
+    "-O1",
+)  # they check and launch: more would cost a second of compilation each and gain nothing
 CUDA_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", _TARGET_DEFINE)
 
 # The order is also the link order. An inline function of a shared header that is not inlined exists once per object and
@@ -139,7 +143,7 @@ def cpu_library(root: Path) -> LibrarySpec:
     bindings, kernels = [], []
     for stem in _stems(root):
         if (root / f"torch/{stem}_cpu.cpp").is_file():
-            bindings.append(Unit(f"torch/{stem}_cpu.cpp", f"torch_{stem}.o", CPU_FLAGS))
+            bindings.append(Unit(f"torch/{stem}_cpu.cpp", f"torch_{stem}.o", BINDING_FLAGS))
         if (root / f"{stem}/{stem}_cpu.cpp").is_file():
             kernels.append(stem)
     objects = [

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from deepcore import ops
+from deepcore.ops import library, schemas, selftest
 
 ISAS = {"x86_64": ("scalar", "avx2", "avx512"), "aarch64": ("neon",)}.get(platform.machine(), ("scalar",))
-NATIVE_OPS = ("flatten_", "unflatten_", "bucket_sum_", "grad_stats", "adam_")
+NATIVE_OPS = tuple(op for op in library.op_names() if selftest.stem(op) not in schemas.REFERENCE_ONLY)
 COMPILERS = ("c++", "g++", "clang++")
 
 

@@ -1,0 +1,18 @@
+// Owns the CPU kernels of the adagrad stem; compiled once per instruction set, see core/host_device.h.
+// Knows nothing of threads: the caller hands out ranges of segments and chunks.
+#include "adagrad/adagrad_math.h"
+#include "core/update_cpu.h"
+
+namespace deepcore {
+namespace DEEPCORE_ISA {
+
+void adagrad_prepare(const UpdateArgs& args, int64_t begin, int64_t end) noexcept {
+    prepare_range<Adagrad>(args, begin, end);
+}
+
+void adagrad_apply(const UpdateArgs& args, int64_t begin, int64_t end) noexcept {
+    apply_range<Adagrad>(args, begin, end);
+}
+
+}  // namespace DEEPCORE_ISA
+}  // namespace deepcore

@@ -1,0 +1,151 @@
+// Owns the walk of a formula over chunks on a GPU, and its launcher; include it in a stem's *_cuda.cu only.
+// Knows nothing of any one formula. Capturable: whatever may change between replays is read from device memory.
+#pragma once
+
+#include "core/launch.h"
+#include "core/typed_pack.cuh"
+#include "core/update.h"
+
+namespace deepcore {
+namespace {
+
+constexpr int64_t kUpdateCapacity = 600;  // tensors per launch; their addresses take 24 KB of the 32 KB of parameters
+constexpr int kUpdateBlocksPerSm = 3;     // at most 80 registers; 768 threads with four loads each fill the memory
+
+struct UpdateBatch {
+    UpdateTensor tensors[kUpdateCapacity];
+    int64_t first_tensor, num_tensors;
+    int64_t first_chunk;
+    const Segment* segments;
+    int64_t num_segments;
+    const void* scalars;
+    DType param_dtype, grad_dtype, copy_dtype;
+};
+
+static_assert(sizeof(UpdateBatch) <= 32764, "the limit of kernel parameters");
+
+// One block's elements of one segment; all addresses are those of the first element.
+template <class Formula>
+struct UpdateElements {
+    TypedPointer param, grad, copy;
+    float* states[kMaxStates];
+    int num_states;  // that this segment's form touches
+
+    __device__ __forceinline__ int lead() const {
+        const int lead = param.to_boundary();
+        bool same = (!Formula::kReadsGrads || grad.to_boundary() == lead) &&
+                    (copy.dtype == DType::none || copy.to_boundary() == lead);
+#pragma unroll
+        for (int k = 0; k < Formula::kStates; ++k) {
+            if (k < num_states) same = same && elements_to_boundary<kTypedPack>(states[k]) == lead;
+        }
+        return same ? lead : -1;
+    }
+
+    template <int width, class Factors>
+    __device__ __forceinline__ void update(int i, const Factors& factors, int form) const {
+        const RawElements<width> raw_param = fetch<width>(param, i);
+        RawElements<width> raw_grad = {};
+        if constexpr (Formula::kReadsGrads) raw_grad = fetch<width>(grad, i);
+        float old_states[kMaxStates][width] = {}, params[width], grads[width];
+#pragma unroll
+        for (int k = 0; k < Formula::kStates; ++k) {
+            if (k < num_states) fetch(states[k] + i, old_states[k]);
+        }
+        widen(raw_param, param.dtype, params);
+        widen(raw_grad, grad.dtype, grads);
+#pragma unroll
+        for (int j = 0; j < width; ++j) {
+            float element_states[kMaxStates];
+            for (int k = 0; k < kMaxStates; ++k) element_states[k] = old_states[k][j];
+            Formula::element(params[j], grads[j], element_states, factors, form);
+            for (int k = 0; k < kMaxStates; ++k) old_states[k][j] = element_states[k];
+        }
+        keep(param, i, params);
+#pragma unroll
+        for (int k = 0; k < Formula::kStates; ++k) {
+            if (Formula::kWritesStates && k < num_states) keep(states[k] + i, old_states[k]);
+        }
+        keep(copy, i, params);
+    }
+};
+
+template <class Formula>
+__global__ void __launch_bounds__(kBlockThreads) prepare_kernel(UpdateArgs args) {
+    const int64_t index = blockIdx.x * static_cast<int64_t>(kBlockThreads) + threadIdx.x;
+    if (index < args.num_segments) prepare_segment<Formula>(args, index);
+}
+
+template <class Formula>
+__global__ void __launch_bounds__(kBlockThreads, kUpdateBlocksPerSm)
+    apply_kernel(const __grid_constant__ UpdateBatch batch) {
+    const int64_t chunk = batch.first_chunk + blockIdx.x;
+    const int64_t row = block_segment(batch.segments, batch.num_segments, chunk);
+    const Segment segment = batch.segments[row];
+    const auto scalars = static_cast<const typename Formula::Scalars*>(batch.scalars)[row];
+    const int64_t index = segment.tensor - batch.first_tensor;
+    if (scalars.form == kLeftAlone || index < 0 || index >= batch.num_tensors) return;
+
+    const Span span = chunk_span(segment, chunk);
+    const UpdateTensor& tensor = batch.tensors[index];
+    UpdateElements<Formula> elements = {typed(tensor.param, batch.param_dtype, span.begin),
+                                        typed(tensor.grad, batch.grad_dtype, span.begin),
+                                        typed(tensor.copy, batch.copy_dtype, span.begin),
+                                        {},
+                                        Formula::states(scalars.form)};
+#pragma unroll
+    for (int k = 0; k < Formula::kStates; ++k) {
+        if (k < elements.num_states) elements.states[k] = tensor.states[k] + span.begin;
+    }
+    const auto factors = Formula::template spread<float>(scalars);
+    for_each_pack<kTypedPack>(
+        static_cast<int>(span.end - span.begin), elements.lead(), threadIdx.x,
+        [&](int i) { elements.template update<kTypedPack>(i, factors, scalars.form); },
+        [&](int i) { elements.template update<1>(i, factors, scalars.form); });
+}
+
+template <class Formula>
+const char* launch_prepare(const UpdateArgs& args, cudaStream_t stream) {
+    const auto blocks = static_cast<unsigned>((args.num_segments + kBlockThreads - 1) / kBlockThreads);
+    prepare_kernel<Formula><<<blocks, kBlockThreads, 0, stream>>>(args);
+    return error_text(cudaGetLastError());
+}
+
+// launch(batch, number of chunks) for every batch of tensors.
+template <class Launch>
+const char* for_each_update_batch(const UpdateArgs& args, const Launch& launch) {
+    UpdateBatch batch;
+    batch.segments = args.segments;
+    batch.num_segments = args.num_segments;
+    batch.scalars = args.scalars;
+    batch.param_dtype = args.param_dtype;
+    batch.grad_dtype = args.grad_dtype;
+    batch.copy_dtype = args.copy_dtype;
+    return for_each_batch(args.chunk_offsets, args.num_tensors, kUpdateCapacity,
+                          [&](int64_t first, int64_t count, int64_t chunk, unsigned blocks) {
+                              memcpy(batch.tensors, args.tensors + first, count * sizeof(UpdateTensor));
+                              batch.first_tensor = first;
+                              batch.num_tensors = count;
+                              batch.first_chunk = chunk;
+                              launch(batch, blocks);
+                          });
+}
+
+template <class Formula>
+const char* launch_apply(const UpdateArgs& args, cudaStream_t stream) {
+    return for_each_update_batch(args, [&](const UpdateBatch& batch, unsigned blocks) {
+        apply_kernel<Formula><<<blocks, kBlockThreads, 0, stream>>>(batch);
+    });
+}
+
+// Both passes. Returns null, or the CUDA runtime's text for what went wrong.
+template <class Formula>
+const char* launch_update(const UpdateArgs& args, void* stream_pointer) {
+    const auto stream = static_cast<cudaStream_t>(stream_pointer);
+    if (args.num_segments == 0) return nullptr;
+    if (const char* text = launch_prepare<Formula>(args, stream)) return text;
+    return launch_apply<Formula>(args, stream);
+}
+
+}  // namespace
+}  // namespace deepcore

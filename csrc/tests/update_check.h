@@ -1,0 +1,107 @@
+// Owns the check of elementwise optimizer kernels: every variant gives the bits of the formula for one element.
+// Knows nothing of any one formula.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include <vector>
+
+#include "check.h"
+#include "core/update.h"
+#include "variants.h"
+
+namespace deepcore_test {
+
+using namespace deepcore;
+
+constexpr int64_t kNumel = kChunkNumel + 77;
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+    return memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+struct State {
+    std::vector<float> p = std::vector<float>(kNumel), g = p, s0 = p, s1 = p;
+    std::vector<bf16> copy = std::vector<bf16>(kNumel);
+    bool operator==(const State& other) const {
+        return same(p, other.p) && same(s0, other.s0) && same(s1, other.s1) && same(copy, other.copy);
+    }
+};
+
+// states are not negative, as those under a square root are
+inline State random_state() {
+    Random random;
+    State state;
+    for (int64_t i = 0; i < kNumel; ++i) {
+        state.p[i] = random.uniform();
+        state.g[i] = random.uniform() * 8;
+        state.s0[i] = fabsf(random.uniform());
+        state.s1[i] = fabsf(random.uniform());
+    }
+    return state;
+}
+
+// Three segments with gaps: the first two with a hyperparameter row each, the last not active.
+struct UpdateRun {
+    Segment segments[3] = {
+        {0, 1, kChunkNumel + 5, 0, 0}, {0, kChunkNumel + 7, 50, 1, 2}, {0, kChunkNumel + 60, 9, 0, 3}};
+    int64_t chunk_offsets[2] = {0, 4};
+    float steps[3] = {0, 41, 7};
+    uint8_t active[3] = {1, 1, 0};
+    float grad_scale = 0.7f, skip = 0;
+    double scratch[64] = {};  // room for the scalars of any formula
+    UpdateTensor tensor = {};
+
+    UpdateArgs args(State& state, const double* rows) {
+        tensor = {state.p.data(), state.g.data(), {state.s0.data(), state.s1.data()}, state.copy.data()};
+        return {DType::f32, DType::f32, DType::bf16, &tensor,     1,     chunk_offsets, segments, 3,
+                rows,       steps,      active,      &grad_scale, &skip, scratch,       true};
+    }
+};
+
+template <class Formula>
+State expected_state(const State& before, const double* rows) {
+    State after = before;
+    UpdateRun run;
+    for (int64_t index = 0; index < 3; ++index) {
+        if (!run.active[index]) continue;
+        const Segment& segment = run.segments[index];
+        const auto scalars =
+            Formula::scalars(rows + segment.hyper * Formula::kColumns, run.steps[index] + 1, run.grad_scale, true);
+        const auto factors = Formula::template spread<float>(scalars);
+        for (int64_t i = segment.begin; i < segment.begin + segment.numel; ++i) {
+            float states[kMaxStates] = {after.s0[i], after.s1[i]};
+            Formula::element(after.p[i], after.g[i], states, factors, scalars.form);
+            after.s0[i] = states[0], after.s1[i] = states[1];
+            store(&after.copy[i], after.p[i]);
+        }
+    }
+    return after;
+}
+
+// prepare and apply: of the variant that is active. Chunks one by one, and all at once; then a step that is skipped.
+template <class Formula, class Pass>
+void variant_gives_the_bits_of_the_formula(const double* rows, Pass prepare, Pass apply) {
+    const State before = random_state(), expected = expected_state<Formula>(before, rows);
+    static_assert(sizeof(typename Formula::Scalars) * 3 <= sizeof(UpdateRun::scratch), "the scratch is too small");
+    for (int64_t step : {1, 4}) {
+        State state = before;
+        UpdateRun run;
+        const UpdateArgs args = run.args(state, rows);
+        prepare(args, 0, 3);
+        for (int64_t chunk = 0; chunk < 4; chunk += step) apply(args, chunk, chunk + step);
+        CHECK(state == expected);
+        CHECK(run.steps[0] == 1 && run.steps[1] == 42 && run.steps[2] == 7);
+    }
+    State state = before;
+    UpdateRun run;
+    run.skip = NAN;
+    const UpdateArgs args = run.args(state, rows);
+    prepare(args, 0, 3);
+    apply(args, 0, 4);
+    CHECK(state == before && run.steps[0] == 0);
+}
+
+}  // namespace deepcore_test

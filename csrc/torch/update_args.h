@@ -1,0 +1,128 @@
+// Owns the checks of what elementwise optimizer ops are given, and their translation to UpdateArgs, for CPU and CUDA
+// alike. Knows nothing of any one formula, nor of how the kernels are started.
+#pragma once
+
+#include "core/update.h"
+#include "torch/segment_table.h"
+
+namespace deepcore {
+namespace DEEPCORE_HIDDEN binding {
+
+struct NamedList {
+    const char* name;
+    const TensorList& list;
+    bool optional = false;  // may be empty
+};
+
+struct UpdateLists {
+    const TensorList& params;
+    const TensorList* grads;  // null where the op has none
+    const TensorList& copies;
+    std::vector<NamedList> states;  // fp32, at most kMaxStates
+    bool has_states() const { return params.empty() || !states[0].list.empty(); }
+};
+
+struct UpdateTables {
+    const Tensor &segments, &chunk_offsets, &hyper, &steps, &active;
+    const Tensor* grad_scale;  // null where there are no gradients
+    const Tensor& skip;
+};
+
+struct UpdateCall {  // the kernels' arguments, and what they point into
+    std::vector<UpdateTensor> tensors;
+    Tensor scratch;
+    UpdateArgs args;
+    int64_t num_chunks;
+};
+
+inline void require_update_lists(const UpdateLists& lists, Device device) {
+    require_list("params", lists.params, device);
+    if (lists.grads != nullptr) {
+        require_list("grads", *lists.grads, device);
+        require_companion("grads", *lists.grads, "params", lists.params);
+    }
+    for (const NamedList& state : lists.states) {
+        if (state.optional && state.list.empty()) continue;
+        require_list(state.name, state.list, device);
+        require_companion(state.name, state.list, "params", lists.params);
+        require_dtype(state.name, state.list, ScalarType::Float);
+    }
+    if (lists.copies.empty()) return;
+    require_list("copies", lists.copies, device);
+    require_companion("copies", lists.copies, "params", lists.params);
+    if (lists.copies[0].scalar_type() == ScalarType::Float) fail("copies: got float32, expected bfloat16 or float16");
+}
+
+inline std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
+    std::vector<UpdateTensor> tensors(lists.params.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        tensors[i] = {lists.params[i].data_ptr(), nullptr, {}, nullptr};
+        if (lists.grads != nullptr) tensors[i].grad = (*lists.grads)[i].data_ptr();
+        if (!lists.copies.empty()) tensors[i].copy = lists.copies[i].data_ptr();
+        for (size_t k = 0; k < lists.states.size() && lists.has_states(); ++k) {
+            tensors[i].states[k] = static_cast<float*>(lists.states[k].list[i].data_ptr());
+        }
+    }
+    return tensors;
+}
+
+// No two of the memories that one parameter's update walks may meet.
+inline void require_apart(const UpdateLists& lists) {
+    std::vector<NamedList> all = {{"params", lists.params}};
+    if (lists.grads != nullptr) all.push_back({"grads", *lists.grads});
+    for (const NamedList& state : lists.states) all.push_back(state);
+    all.push_back({"copies", lists.copies});
+    const auto range = [](const Tensor& tensor) {
+        return range_at(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+    };
+    for (size_t i = 0; i < lists.params.size(); ++i) {
+        std::vector<std::pair<const char*, Range>> seen;
+        for (const NamedList& next : all) {
+            if (next.list.empty()) continue;
+            const Range memory = range(next.list[i]);
+            for (const auto& [name, other] : seen) {
+                if (!memory.overlaps(other)) continue;
+                fail("%s[%zu]: got memory that overlaps %s[%zu], expected memory of its own", next.name, i, name, i);
+            }
+            seen.emplace_back(next.name, memory);
+        }
+    }
+}
+
+// columns: of a hyperparameter row; scalars_size: bytes of what a segment's scalars take.
+inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tables, int64_t columns,
+                              int64_t scalars_size, Device device) {
+    require_update_lists(lists, device);
+    require_apart(lists);
+    const int64_t num_hyper_rows = tables.hyper.dim() == 2 ? tables.hyper.size(0) : 0;
+    const double* hyper =
+        table_of<const double>("hyper", tables.hyper, ScalarType::Double, {num_hyper_rows, columns}, device);
+    const SegmentTable table =
+        segment_table(tables.segments, tables.chunk_offsets, num_hyper_rows, lists.params, device);
+    const int64_t rows = table.num_rows;
+
+    UpdateCall call{
+        update_tensors(lists), empty(rows * scalars_size, aoti_torch_dtype_uint8(), device), {}, table.num_chunks};
+    UpdateArgs& args = call.args;
+    args.param_dtype = float_dtype("params", lists.params);
+    args.grad_dtype = lists.grads == nullptr ? DType::none : float_dtype("grads", *lists.grads);
+    args.copy_dtype = lists.copies.empty() ? DType::none : float_dtype("copies", lists.copies);
+    args.tensors = call.tensors.data();
+    args.num_tensors = static_cast<int64_t>(call.tensors.size());
+    args.chunk_offsets = table.chunk_offsets;
+    args.segments = table.rows;
+    args.num_segments = rows;
+    args.hyper = hyper;
+    args.steps = table_of<float>("steps", tables.steps, ScalarType::Float, {rows}, device);
+    args.active = table_of<const uint8_t>("active", tables.active, ScalarType::Byte, {rows}, device);
+    if (tables.grad_scale != nullptr) {
+        args.grad_scale = table_of<const float>("grad_scale", *tables.grad_scale, ScalarType::Float, {1}, device);
+    }
+    args.skip = table_of<const float>("skip", tables.skip, ScalarType::Float, {1}, device);
+    args.scalars = call.scratch.data_ptr();
+    args.has_states = lists.has_states();
+    return call;
+}
+
+}  // namespace DEEPCORE_HIDDEN binding
+}  // namespace deepcore
