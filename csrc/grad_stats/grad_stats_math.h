@@ -1,20 +1,11 @@
-// Owns the order in which squares are summed: the same for any number of threads and any vector width.
-// Knows nothing of tensors. The square of a widened fp32, bf16 or fp16 is exact in fp64: only the sums round.
+// Owns the summary of the segments' sums. The order within a chunk is core/lanes.h's.
+// Knows nothing of tensors.
 #pragma once
 
+#include "core/lanes.h"
 #include "grad_stats/grad_stats.h"
 
 namespace deepcore {
-
-// Element i of a chunk is added to lane i % kLanes; the lanes are then folded in halves.
-constexpr int kLanes = 32;
-
-DEEPCORE_FN double fold_lanes(double* lanes) {
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
-}
 
 DEEPCORE_FN bool is_finite(double x) { return x - x == 0; }
 

@@ -24,7 +24,7 @@ SCHEMAS = {
 }
 
 # Stems without a folder in csrc/: they run on their references everywhere, and nobody is warned.
-REFERENCE_ONLY = frozenset({"lamb", "loss_scale"})
+REFERENCE_ONLY = frozenset({"loss_scale"})
 
 for _stem in SCHEMAS.values():
     for _schema, _kernel in _stem.OPS.items():

@@ -1,0 +1,44 @@
+// Owns the checks of what lamb_moments_ and lamb_apply_ are given, and their translation to the kernels' arguments.
+// Knows nothing of how the kernels are started.
+#pragma once
+
+#include "lamb/lamb_math.h"
+#include "torch/update_args.h"
+
+namespace deepcore {
+namespace DEEPCORE_HIDDEN binding {
+
+struct LambMomentsCall {  // the kernels' arguments, and what they point into
+    UpdateCall call;
+    Tensor partials;
+    LambMomentsArgs args;
+};
+
+struct LambApplyCall {
+    UpdateCall call;
+    LambApplyArgs args;
+};
+
+inline LambMomentsCall lamb_moments_call(const UpdateLists& lists, const UpdateTables& tables, const Tensor& squares,
+                                         Device device) {
+    UpdateCall call = update_call(lists, tables, LambMoments::kColumns, sizeof(LambScalars), device);
+    const int64_t rows = call.args.num_segments;
+    Tensor partials = empty(2 * call.num_chunks, aoti_torch_dtype_float64(), device);
+    LambMomentsArgs args = {};
+    static_cast<UpdateArgs&>(args) = call.args;
+    args.partials = static_cast<double*>(partials.data_ptr());
+    args.squares = table_of<double>("squares", squares, ScalarType::Double, {rows, 2}, device);
+    return {std::move(call), partials, args};
+}
+
+inline LambApplyCall lamb_apply_call(const UpdateLists& lists, const UpdateTables& tables, const Tensor& ratios,
+                                     Device device) {
+    UpdateCall call = update_call(lists, tables, LambMoments::kColumns, sizeof(LambScalars), device);
+    LambApplyArgs args = {};
+    static_cast<UpdateArgs&>(args) = call.args;
+    args.ratios = table_of<const double>("ratios", ratios, ScalarType::Double, {call.args.num_segments}, device);
+    return {std::move(call), args};
+}
+
+}  // namespace DEEPCORE_HIDDEN binding
+}  // namespace deepcore
