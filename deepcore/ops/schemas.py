@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from deepcore.ops.reference import adagrad, adam, bucket, flatten, grad_stats, lamb, lion, loss_scale, sgd
+from deepcore.ops.reference import adagrad, adam, bucket, cast, flatten, grad_stats, lamb, lion, loss_scale, sgd
 
 LIBRARY = torch.library.Library("deepcore", "DEF")
 
 SCHEMAS = {
     "flatten": flatten,
     "bucket": bucket,
+    "cast": cast,
     "grad_stats": grad_stats,
     "adam": adam,
     "lamb": lamb,
@@ -24,7 +25,7 @@ SCHEMAS = {
 }
 
 # Stems without a folder in csrc/: they run on their references everywhere, and nobody is warned.
-REFERENCE_ONLY = frozenset({"loss_scale"})
+REFERENCE_ONLY: frozenset[str] = frozenset()
 
 for _stem in SCHEMAS.values():
     for _schema, _kernel in _stem.OPS.items():

@@ -78,6 +78,14 @@ def _bucket_sum(device: torch.device) -> Arguments:
     return [_RAMP.to(device, torch.bfloat16), torch.cat((_RAMP, _RAMP * 2, _RAMP * -5)).to(device), True, 3.0]
 
 
+def _cast(device: torch.device) -> Arguments:
+    return [
+        torch.zeros(_NUMEL, dtype=torch.bfloat16, device=device),
+        _RAMP.to(device),
+        torch.tensor([7], device=device),
+    ]
+
+
 def _grad_stats(device: torch.device) -> Arguments:
     return [[_RAMP.to(device)], *_segments(device)]
 
@@ -138,6 +146,7 @@ ARGUMENTS: dict[str, Callable[[torch.device], Arguments]] = {
     "flatten_": _flatten,
     "unflatten_": _unflatten,
     "bucket_sum_": _bucket_sum,
+    "cast_": _cast,
     "grad_stats": _grad_stats,
     "adam_": _adam,
     "lamb_moments_": _lamb_moments,

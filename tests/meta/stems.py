@@ -66,7 +66,9 @@ def _names(schemas: Path, table: str) -> set[str]:
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
         if any(isinstance(t, ast.Name) and t.id == table for t in targets) and node.value is not None:
-            literal = next(child for child in ast.walk(node.value) if isinstance(child, ast.Dict | ast.Set))
+            literal = next((child for child in ast.walk(node.value) if isinstance(child, ast.Dict | ast.Set)), None)
+            if literal is None:  # frozenset()
+                return set()
             items = literal.keys if isinstance(literal, ast.Dict) else literal.elts
             return {item.value for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str)}
     return set()

@@ -1,0 +1,33 @@
+// Owns the random bits of stochastic rounding, and the rounding, for CPU and CUDA alike.
+// Knows nothing of memory. Source of Philox4x32-10: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
+#pragma once
+
+#include "cast/cast.h"
+
+namespace deepcore {
+
+// Four words from a key and a counter whose upper half is zero. Element i of a tensor uses the 16 bits number i % 8,
+// from the low ones of word 0 on, of the block with counter i / 8: the bits depend on nothing but the seed and the
+// place.
+DEEPCORE_FN void philox(uint64_t counter, uint64_t key, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+    a = static_cast<uint32_t>(counter), b = static_cast<uint32_t>(counter >> 32), c = 0, d = 0;
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t first = static_cast<uint64_t>(a) * 0xd2511f53u, second = static_cast<uint64_t>(c) * 0xcd9e8d57u;
+        a = static_cast<uint32_t>(second >> 32) ^ b ^ key0;
+        b = static_cast<uint32_t>(second);
+        c = static_cast<uint32_t>(first >> 32) ^ d ^ key1;
+        d = static_cast<uint32_t>(first);
+        key0 += 0x9e3779b9u;
+        key1 += 0xbb67ae85u;
+    }
+}
+
+// Up with the probability that the dropped bits say, away from zero in that case: random is one of 2^16 equally likely
+// numbers. Infinity stays; NaN is the quiet one, as when rounding to nearest.
+DEEPCORE_FN uint16_t round_to_bfloat(uint32_t bits, uint32_t random) {
+    const uint32_t rounded = (bits + random) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+}  // namespace deepcore

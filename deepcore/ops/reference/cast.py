@@ -1,0 +1,61 @@
+"""Owns the reference of ``cast_``: a copy in another precision, rounded to nearest or at random.
+
+Knows nothing of masters or parameters. Philox4x32-10 is of Salmon et al. 2011, "Parallel Random Numbers: As Easy as
+1, 2, 3".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deepcore.ops.reference.segments import flat as memory_of
+
+_WORD, _BLOCK = 0xFFFFFFFF, 8  # a block of random bits serves eight elements
+
+
+def cast_(out: torch.Tensor, source: torch.Tensor, seed: torch.Tensor | None) -> None:
+    """Fill ``out`` with ``source`` in its own dtype.
+
+    Without a seed to nearest even. With one at random: up with the probability that the dropped bits say, so that the
+    mean of many casts is the number itself. Which way an element goes depends on the seed and its place alone:
+    element i adds 16 of the 128 bits of Philox4x32-10 with the seed as key and i // 8 as counter (bits i % 8 * 16
+    onwards) to the 32 bits of its value, and drops the lower half. Infinity stays, NaN stays NaN.
+
+    Args:
+        out: dense (fp32, bf16, fp16); with a seed bf16.
+        source: dense (fp32, bf16, fp16), as many elements in the same order; with a seed fp32.
+        seed: None, or int64 (1,) on the device.
+    """
+    to, values = memory_of(out), memory_of(source)
+    if seed is None:
+        to.copy_(values)
+        return
+    bits = values.view(torch.int32).to(torch.int64) & _WORD
+    rounded = (bits + _random_bits(values.numel(), seed)) >> 16 & 0xFFFF
+    rounded = torch.where(torch.isnan(values), 0x7FC0, rounded)
+    to.copy_((rounded - (rounded >> 15 << 16)).to(torch.int16).view(torch.bfloat16))
+
+
+def _random_bits(numel: int, seed: torch.Tensor) -> torch.Tensor:
+    """16 bits for each element, as int64."""
+    counter = torch.arange(-(-numel // _BLOCK), dtype=torch.int64, device=seed.device)
+    key0, key1 = seed & _WORD, seed >> 32 & _WORD
+    a, b, c, d = counter & _WORD, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)
+    for _ in range(10):
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57  # modulo 2^64, which keeps every bit
+        a, b = (second >> 32 & _WORD) ^ b ^ key0, second & _WORD
+        c, d = (first >> 32 & _WORD) ^ d ^ key1, first & _WORD
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    words = torch.stack((a, b, c, d), dim=1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:numel]
+
+
+def _fake(*args: object) -> None:
+    return None
+
+
+OPS: dict[str, Callable[..., Any]] = {"cast_(Tensor(a!) out, Tensor source, Tensor? seed) -> ()": cast_}
+FAKES: dict[str, Callable[..., Any]] = {"cast_": _fake}
