@@ -22,7 +22,7 @@ from deepcore.engine.core import TrainCore, no_gradients, require_loss
 from deepcore.engine.progress import StepPrinter
 from deepcore.engine.readings import Readings
 from deepcore.engine.report import exhausted_scale, skip_message
-from deepcore.engine.residence import Residence
+from deepcore.engine.residence import Residence, require_kinds
 from deepcore.engine.restoring import LoadOptions
 from deepcore.errors import UsageError
 from deepcore.parallel.randomness import forked
@@ -68,7 +68,7 @@ class Engine(Readings):
         self.world = world
         self.mesh = mesh
         self.settings = settings
-        self.residence = Residence(strategy)
+        self.residence = Residence(strategy, core)
         self._casts = casts
         self.config: dict[str, Any] = {}
         self.lr_scheduler: Any = None
@@ -91,6 +91,7 @@ class Engine(Readings):
                 expected="a live engine",
                 do="use engine.module to run the model, or build a new engine with deepcore.initialize()",
             )
+        self.residence.require_home("forward", "lp_params")
         with self._printer.measure("forward"), self._casts.region(), self._randomness():
             return self.module(*self._casts.cast(inputs), **self._casts.cast(kwargs))
 
@@ -207,6 +208,7 @@ class Engine(Readings):
         if self._destroyed:
             return
         self._destroyed = True
+        self.residence.reload()
         if self._holdings is not None:
             holdings.release(self._holdings)
         if self.core is not None:
@@ -219,6 +221,7 @@ class Engine(Readings):
 
     def module_state_dict(self) -> dict[str, Any]:
         """The module's state dict with whole weights, copied; collective at stage 3."""
+        self.residence.require_home("module_state_dict", "lp_params")
         with self.strategy.materialize():
             state = self.module.state_dict()
             return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
@@ -338,9 +341,25 @@ class Engine(Readings):
         """Free full weights and buffers that are kept for speed only, between steps. On every rank alike."""
         self.strategy.release_buffers()
 
+    def offload_states(
+        self, include: Any = None, device: Any = "cpu", pin_memory: bool = True, non_blocking: bool = False
+    ) -> None:
+        """Send states to the CPU between steps. Until ``reload_states`` nothing trains, and what is away is unreadable.
+
+        Args:
+            include: of "optim_states", "hp_params" (masters), "lp_params" (weights; in fp32 these are the masters) and
+                "lp_grads"; by default all. Without "lp_params" the model still runs.
+            device: "cpu".
+        """
+        self.residence.offload(require_kinds(include, device), pin_memory=pin_memory, non_blocking=non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what ``offload_states`` sent away."""
+        self.residence.reload(non_blocking=non_blocking)
+
     def take_charge(self, held: holdings.Holdings) -> None:
         """Let the functions of ``deepcore.zero`` find this engine by its parameters, until ``destroy``."""
-        self._holdings = held
+        self._holdings = self.residence.holdings = held
         holdings.register(self.module, held)
 
     def _randomness(self) -> AbstractContextManager[None]:
@@ -357,6 +376,7 @@ class Engine(Readings):
                 do="pass optimizer=... or add an optimizer section to the config",
             )
         self.core.require_alive()
+        self.residence.require_home(verb)
         return self.core
 
     def __getattr__(self, name: str) -> Any:

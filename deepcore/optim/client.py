@@ -16,6 +16,7 @@ from deepcore.errors import ConfigError, UsageError
 from deepcore.optim.clip import GradientVerdict
 from deepcore.optim.segment_optimizer import Agree, alone
 from deepcore.sharding.placement import UpdateRule
+from deepcore.sharding.segments import SegmentBatch
 from deepcore.sharding.update_arena import Form, UpdateArena
 
 COUPLED = ("LBFGS", "SAM", "Prodigy", "DAdapt")  # class names, or how they begin: their update couples parameters
@@ -202,6 +203,22 @@ class ClientOptimizer(Optimizer):
         with torch.no_grad():
             self._show_gradients(*self._arena.here(verdict.grad_scale))
         return loss
+
+    @property
+    def batches(self) -> list[SegmentBatch]:
+        """What is updated here, under an engine."""
+        return self._arena.batches
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """All tensors of the client's state but single numbers."""
+        values = [value for state in self.client.state.values() for value in state.values()]
+        return [value for value in values if isinstance(value, torch.Tensor) and value.ndim]
+
+    def hide_state(self) -> None:
+        """Nothing to hide: the client owns its state, and nobody else views it."""
+
+    def show_state(self) -> None:
+        """Nothing to put back."""
 
     def local_state(self, param: torch.Tensor) -> tuple[int | None, dict[str, Any]]:
         """What this rank keeps of a parameter's state: (None, the client's own dict), each tensor whole."""

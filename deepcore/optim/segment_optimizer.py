@@ -150,6 +150,24 @@ class SegmentOptimizer(Optimizer, ABC):
                 views = {name: form.view(tensors[segment.tensor], segment) for name, tensors in batch.states.items()}
                 self.state[param] = {"step": batch.steps[index], **views}
 
+    @property
+    def batches(self) -> list[SegmentBatch]:
+        """What is updated here, under an engine."""
+        return [] if self._arena is None else self._arena.batches
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """All state that this rank keeps in memory under an engine, but for step counts."""
+        return [tensor for batch in self.batches for tensors in batch.states.values() for tensor in tensors]
+
+    def hide_state(self) -> None:
+        """Take the views of the arena out of ``self.state``: their memory goes away."""
+        for param in self._places:
+            self.state.pop(param, None)
+
+    def show_state(self) -> None:
+        """Put them back."""
+        self._expose_state()
+
     def local_state(self, param: torch.Tensor) -> tuple[int | None, dict[str, Any]]:
         """What this rank keeps of a parameter's state under an engine: (first element, tensors by name).
 

@@ -77,6 +77,13 @@ class ShardedGroup(FlatGroup):
         """SHARDED to GATHERING: begin to fill the full storage from all ranks' shards."""
         assert self.residency is Residency.SHARDED, self.residency
         self._require_untouched()
+        if self.shard.numel() and not self.shard.untyped_storage().nbytes():
+            raise UsageError(
+                f"the weights of '{self.names[0]}' are away",
+                got="a call of the model after offload_states()",
+                expected="weights on the device",
+                do="call engine.reload_states() first",
+            )
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         if not self._is_away:
             self._work = axis.all_gather_into(self.full, self.shard, what=self.label)

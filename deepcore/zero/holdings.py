@@ -30,6 +30,7 @@ class Holdings:
         groups: the arena's, in its order, then those that nothing updates.
         optimizer: None in an engine that only evaluates.
         unscale: what turns reduced gradients into those of the user's loss, at this moment.
+        away: raises, given what is wanted, while states are not where they belong; None while they are.
         open: names of parameters that a ``GatheredParameters`` holds at the moment.
     """
 
@@ -41,6 +42,7 @@ class Holdings:
 
     def __post_init__(self) -> None:
         self.open: set[str] = set()
+        self.away: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def require(param: torch.Tensor) -> Held:
     """As ``find``, but UsageError for a parameter of no live engine."""
     held = find(param) if isinstance(param, torch.Tensor) else None
     if held is not None:
+        if held.holdings.away is not None:
+            held.holdings.away(f"access to '{held.name}'")
         return held
     got = f"a tensor of shape {tuple(param.shape)}" if isinstance(param, torch.Tensor) else type(param).__name__
     raise UsageError(
