@@ -49,7 +49,6 @@ def _among(*values: Any) -> Callable[[Any], bool]:
 
 _REMOVE = "remove it"
 UNBUILT: tuple[Unbuilt, ...] = (
-    Unbuilt("zero_optimization.offload_param.device", _among("nvme"), 'use "cpu"'),
     Unbuilt("fp16.fp16_master_weights_and_grads", _on, "masters are fp32"),
     Unbuilt("bf16.bf16_optimizer_states", _on, "moments are fp32"),
     Unbuilt(

@@ -65,6 +65,11 @@ def _offload(settings: Settings) -> Iterator[Problem]:
             )
         if section.device == "nvme" and not section.nvme_path:
             yield Problem(f"{path}.nvme_path is missing", got='device "nvme"', do="name a folder on the drive")
+    if zero.offload_param.device == "nvme" and zero.offload_optimizer.device == "cpu":
+        what = (
+            "zero_optimization.offload_param nvme with offload_optimizer cpu: what is updated would be the larger part"
+        )
+        yield Problem(what, expected="both nvme", do='set offload_optimizer.device to "nvme", or remove it')
     if zero.offload_optimizer.ratio < 1 and zero.offload_optimizer.device != "none":
         what = "zero_optimization.offload_optimizer.ratio below 1 is not offered: all state is offloaded, or none"
         yield Problem(what, got=str(zero.offload_optimizer.ratio), expected="1", do="remove it")

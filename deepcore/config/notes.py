@@ -88,10 +88,11 @@ IDLE: dict[str, _Idle] = {
     "zero_optimization.offload_optimizer.": _not_offloaded("offload_optimizer"),
     **{
         f"zero_optimization.{key}": _for_nvme(key.partition(".")[0])
-        for key in (
-            *("offload_param.nvme_path", "offload_param.buffer_count", "offload_param.buffer_size"),
-            *("offload_param.max_in_cpu", "offload_optimizer.nvme_path", "offload_optimizer.buffer_count"),
-        )
+        for key in (*("offload_param.nvme_path", "offload_optimizer.nvme_path", "offload_optimizer.buffer_count"),)
+    },
+    **{
+        f"zero_optimization.offload_param.{key}": _always("no effect: shards are read a unit ahead of their use")
+        for key in ("buffer_count", "buffer_size", "max_in_cpu")
     },
     "zero_optimization.offload_optimizer.pipeline_": _always("no effect: reads, updates and writes always overlap"),
     "zero_optimization.offload_optimizer.fast_init": _always("no effect: initialization is always direct"),
@@ -120,7 +121,8 @@ def offload_note(settings: Settings, path: str) -> str | None:
     """What an offload device means that the key alone does not say."""
     state, shards = settings.zero_optimization.offload_optimizer.device, settings.zero_optimization.offload_param.device
     if path == "zero_optimization.offload_optimizer.device" and state == "none" and shards != "none":
-        return "updates follow offload_param: optimizer state lives in host memory too"
+        where = "in a file" if shards == "nvme" else "in host memory"
+        return f"updates follow offload_param: optimizer state lives {where} too"
     if path in OFFLOADS and settings.at(path) == "cpu":
         return "updates run on the CPU; costs and saves nothing where the model is on the CPU already"
     return None

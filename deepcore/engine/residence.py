@@ -41,22 +41,28 @@ def homes_from(settings: Settings, device: torch.device, *, speaks: bool) -> Hom
     state, shards = zero.offload_optimizer, zero.offload_param
     if state.device == shards.device == "none":
         return None
-    if not host.is_apart(device) and state.device != "nvme":
+    on_drive = "nvme" in (state.device, shards.device)  # what updates shards in a file is there too
+    if not host.is_apart(device) and not on_drive:
         if speaks:
             logger().info("offload to the CPU costs and saves nothing here: the model is on the CPU already")
         return None
     pin = state.pin_memory if state.device != "none" else shards.pin_memory
     memory, away = HostMemory(pin=pin), shards.device != "none"
-    if state.device != "nvme":
+    if not on_drive:
         return Homes(device, memory, away, min(zero.sub_group_size, TILE_NUMEL))
-    assert state.nvme_path is not None, "the config's rules demand it"
     tile = min(zero.sub_group_size, FILE_TILE_NUMEL)
     if tile > DIRECT_ALIGN:
         tile -= tile % DIRECT_ALIGN  # so that every tile can bypass the page cache
     aio = settings.aio
     engine = make_engine(max(aio.queue_depth, aio.intra_op_parallelism), aio.block_size)
-    store = FileStore(Path(state.nvme_path), engine)
-    return Homes(device, memory, away, tile, store, max(2, state.buffer_count))
+    store = FileStore(_folder(state.nvme_path or shards.nvme_path), engine)
+    shard_store = FileStore(_folder(shards.nvme_path), engine) if shards.device == "nvme" else None
+    return Homes(device, memory, away, tile, store, max(2, state.buffer_count), shard_store)
+
+
+def _folder(path: str | None) -> Path:
+    assert path is not None, "the config's rules demand it"
+    return Path(path)
 
 
 def arena_maker(homes: Homes | None) -> ArenaMaker:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -14,10 +15,12 @@ from deepcore.errors import StorageError
 from deepcore.sharding.file_store import FileColumn, Ticket, aligned_buffer
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.homes import Homes
+from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.segments import SegmentBatch
+from deepcore.sharding.sharded_group import ShardedGroup
 from deepcore.sharding.tiles import Tile, TiledArena
 
-MASTER = "master"
+MASTER, COPY = "master", "copy"
 
 
 class FiledArena(TiledArena):
@@ -44,11 +47,46 @@ class FiledArena(TiledArena):
 
     def _hold(self, group: FlatGroup, weights: torch.Tensor, master: torch.Tensor | FileColumn | None) -> None:
         self._columns.append({})
+        if isinstance(group, ShardedGroup) and group.column is not None:
+            self._hold_filed(group, group.column, master)
+            return
         if master is not None:
             column = master if isinstance(master, FileColumn) else self._homes.file(master)
             self._columns[-1][MASTER] = column
             master = torch.empty(0, dtype=column.dtype)
         super()._hold(group, weights, master)
+
+    def _hold_filed(self, group: FlatGroup, shard: FileColumn, master: torch.Tensor | FileColumn | None) -> None:
+        """Take in a shard of weights that is in a file itself; in fp32 it is the master."""
+        columns, nothing = self._columns[-1], torch.empty(0, dtype=shard.dtype)
+        if master is None:
+            columns[MASTER] = shard
+        else:
+            assert isinstance(master, FileColumn)
+            columns[MASTER], columns[COPY] = master, shard
+        self._twins.append(None)
+        self.masters.append(torch.empty(0, dtype=columns[MASTER].dtype))
+        self.copies.append(None if master is None else nothing)
+        make = self._homes.memory.zeros if self.apart else partial(lazy_zeros, device=self.device)
+        self.grads.append(make(shard.numel, group.dtypes.accumulate))
+
+    def _copies_of(self, tile: Tile, place: int) -> list[torch.Tensor]:
+        column = self._columns[tile.group].get(COPY)
+        if column is None:
+            return super()._copies_of(tile, place)
+        return [self._buffer(place, COPY, column.dtype)[: tile.end - tile.begin]]
+
+    def round_masters(self) -> None:
+        for number, columns in enumerate(self._columns):
+            copy, size = self.copies[number], self._homes.tile_numel
+            for low in range(0, self.grads[number].numel() if copy is not None else 0, size):
+                high = min(low + size, self.grads[number].numel())
+                values = self.master_run(number, low, high)
+                if COPY in columns:
+                    columns[COPY].write(low, values)
+                elif copy is not None:
+                    copy[low:high].copy_(values)
+        self.send()
 
     def _cut(self, number: int) -> Iterator[tuple[int, int]]:
         begin, end = self.ranges[number]
@@ -129,7 +167,7 @@ class FiledArena(TiledArena):
     def _begin(self, place: int, *, writes: bool, states: bool = True, weights: bool = True) -> list[Ticket]:
         tile, tickets = self.tiles[place], []
         for name, column in self._columns[tile.group].items():
-            if weights if name == MASTER else states:
+            if weights if name in (MASTER, COPY) else states:
                 buffer = self._buffer(place, name, column.dtype)
                 begin = column.begin_write if writes else column.begin_read
                 tickets.append(begin(buffer, tile.begin, tile.end))

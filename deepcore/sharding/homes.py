@@ -28,6 +28,7 @@ class Homes:
         tile_numel: elements of masters that are updated at a time.
         store: a file for optimizer state and masters; None where they stay in memory.
         num_buffers: tiles of them that are in memory during an update.
+        shard_store: a file for the shards of weights; None where they are in memory.
     """
 
     device: torch.device
@@ -36,6 +37,7 @@ class Homes:
     tile_numel: int = TILE_NUMEL
     store: FileStore | None = None
     num_buffers: int = 4
+    shard_store: FileStore | None = None
     lane: Lane = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,8 +48,10 @@ class Homes:
         """Whether what is offloaded is copied to be used on the device."""
         return host.is_apart(self.device)
 
-    def keep_shard(self, weights: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of a group's full weights, in memory of its own."""
+    def keep_shard(self, weights: torch.Tensor) -> torch.Tensor | FileColumn:
+        """This rank's shard of a group's full weights, in memory of its own or in a file."""
+        if self.shard_store is not None:
+            return _filed(self.shard_store, weights)
         return self.memory.like(weights) if self.shards_away and self.apart else weights.clone()
 
     def keep_master(self, master: torch.Tensor) -> torch.Tensor | FileColumn:
@@ -57,11 +61,17 @@ class Homes:
     def file(self, values: torch.Tensor) -> FileColumn:
         """1-D values in the store, piece by piece."""
         assert self.store is not None
-        column = self.store.column(values.numel(), values.dtype)
-        for low in range(0, values.numel(), FILE_TILE_NUMEL):
-            column.write(low, values[low : low + FILE_TILE_NUMEL])
-        return column
+        return _filed(self.store, values)
 
     def release(self) -> None:
         """Give back what outlives tensors."""
         self.memory.release()
+        if self.shard_store is not None:
+            self.shard_store.close()
+
+
+def _filed(store: FileStore, values: torch.Tensor) -> FileColumn:
+    column = store.column(values.numel(), values.dtype)
+    for low in range(0, values.numel(), FILE_TILE_NUMEL):
+        column.write(low, values[low : low + FILE_TILE_NUMEL])
+    return column

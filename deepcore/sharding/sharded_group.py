@@ -12,7 +12,7 @@ import torch
 from deepcore.comm.collectives import Work
 from deepcore.comm.mesh import Axis
 from deepcore.errors import UsageError
-from deepcore.sharding.file_store import FileColumn
+from deepcore.sharding.file_store import FileColumn, Ticket, aligned_buffer
 from deepcore.sharding.group import FlatGroup, GroupDtypes
 from deepcore.sharding.homes import Homes
 from deepcore.sharding.units import GroupPlan
@@ -34,7 +34,8 @@ class ShardedGroup(FlatGroup):
 
     Attributes:
         residency: the state.
-        shard: 1-D, ``layout.shard_numel`` elements of ``key.dtype``: what is gathered. Made by ``settle``.
+        shard: 1-D, ``layout.shard_numel`` elements of ``key.dtype``: what is gathered. Made by ``settle``; empty where
+            it is in a file, as ``column``.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class ShardedGroup(FlatGroup):
         self._arrival: torch.cuda.Event | None = None  # of a shard that came from the host
         self.residency = Residency.FULL
         self.shard = torch.empty(0)
+        self.column: FileColumn | None = None
+        self._coming: tuple[Ticket, torch.Tensor] | None = None  # the shard, on its way from its file
         self._begin = 0
         self._master: torch.Tensor | FileColumn | None = None  # until an arena claims it
         self._work: Work | None = None
@@ -63,13 +66,15 @@ class ShardedGroup(FlatGroup):
         if self._homes is None:
             self.shard = weights.clone()
         else:
-            self.shard = self._homes.keep_shard(weights)
+            kept = self._homes.keep_shard(weights)
+            filed = isinstance(kept, FileColumn)
+            self.column, self.shard = (kept, weights.new_empty(0)) if filed else (None, kept)  # type: ignore[assignment]
             self._master = None if master is None else self._homes.keep_master(master)
         self._views = self.views(self.full)
         self.reshard()
 
     def claim(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | FileColumn | None]:
-        assert (begin, end - begin) == (self._begin, self.shard.numel()), "what was kept when the group was settled"
+        assert (begin, end - begin) == (self._begin, self.layout.shard_numel), "what was kept when it was settled"
         master, self._master = self._master, None
         return self.shard, master
 
@@ -85,11 +90,14 @@ class ShardedGroup(FlatGroup):
                 do="call engine.reload_states() first",
             )
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
-        if not self._is_away:
+        mine = self.full[self._begin : self._begin + self.layout.shard_numel]
+        if self.column is not None:
+            mine.copy_(self._read())
+            self._work = axis.all_gather_into(self.full, mine, what=self.label)
+        elif not self._is_away:
             self._work = axis.all_gather_into(self.full, self.shard, what=self.label)
         else:
             assert self._homes is not None
-            mine = self.full[self._begin : self._begin + self.shard.numel()]
             with self._homes.lane.entered():  # what computes at the moment need not wait for the bus
                 mine.copy_(self.shard, non_blocking=True)
                 self._work = axis.all_gather_into(self.full, mine, what=self.label)
@@ -103,8 +111,39 @@ class ShardedGroup(FlatGroup):
 
     def contribute(self, axis: Axis) -> None:
         """Take part in a gather whose result this rank has already."""
-        mine = self.shard.to(self.full.device)
+        mine = self.shard_values().to(self.full.device)
         axis.all_gather_into(torch.empty_like(self.full), mine, what=self.label).wait()
+
+    def expect(self) -> None:
+        """The group will be gathered soon: begin to read a shard that is in a file."""
+        if self.column is not None and self._coming is None and self.residency is Residency.SHARDED:
+            buffer = aligned_buffer(self.column.numel, self.column.dtype)
+            self._coming = (self.column.begin_read(buffer, 0, self.column.numel), buffer)
+
+    def forget(self) -> None:
+        """Shards have changed: what was read before is old."""
+        if self._coming is not None:
+            self._coming[0].settle()
+            self._coming = None
+
+    def _read(self) -> torch.Tensor:
+        self.expect()
+        assert self._coming is not None
+        (ticket, buffer), self._coming = self._coming, None
+        ticket.wait()
+        return buffer
+
+    def shard_values(self) -> torch.Tensor:
+        """The shard, or a copy of it where it is in a file."""
+        return self.shard if self.column is None else self.column.read(0, self.column.numel)
+
+    def write_shard(self, low: int, values: torch.Tensor) -> None:
+        """Write elements of the shard from ``low`` on."""
+        self.forget()
+        if self.column is None:
+            self.shard[low : low + values.numel()].copy_(values)
+        else:
+            self.column.write(low, values)
 
     def finish_unshard(self) -> None:
         """GATHERING to FULL: wait, and let the parameters be views of the full storage again."""
@@ -133,18 +172,18 @@ class ShardedGroup(FlatGroup):
         if self.residency is Residency.FULL:
             super().put(index, values)
         slot = self.layout.slots[index]
-        low, high = max(slot.start, self._begin), min(slot.end, self._begin + self.shard.numel())
+        low, high = max(slot.start, self._begin), min(slot.end, self._begin + self.layout.shard_numel)
         if low < high:
-            self.shard[low - self._begin : high - self._begin].copy_(values[low - slot.start : high - slot.start])
+            self.write_shard(low - self._begin, values[low - slot.start : high - slot.start])
 
     def first_written(self) -> str | None:
         """FULL only: the first parameter whose part in this rank's shard was overwritten, bit for bit, or None."""
         assert self.residency is Residency.FULL, self.residency
-        mine = self.full[self._begin : self._begin + self.shard.numel()]
-        same = mine.view(torch.uint8) == self.shard.to(mine.device).view(torch.uint8)
+        mine = self.full[self._begin : self._begin + self.layout.shard_numel]
+        same = mine.view(torch.uint8) == self.shard_values().to(mine.device).view(torch.uint8)
         if bool(same.all()):
             return None
-        place = self._begin + int((~same).nonzero()[0]) // self.shard.element_size()
+        place = self._begin + int((~same).nonzero()[0]) // self.full.element_size()
         return next((slot.name for slot in self.layout.slots if slot.start <= place < slot.end), None)
 
     def _require_untouched(self) -> None:

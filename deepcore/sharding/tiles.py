@@ -82,12 +82,11 @@ class TiledArena(ShardArena):
                     continue
                 tile = Tile(number, low, high)
                 self.tiles.append(tile)
-                copy = self.copies[number]
                 self._add_batch(
                     SegmentBatch(
                         params=[self._masters_of(tile, len(self.batches))],
                         grads=[self.grads[number][low:high]],
-                        copies=[] if copy is None else [copy[low:high]],
+                        copies=self._copies_of(tile, len(self.batches)),
                         table=table,
                         **fresh_counts(table),
                     ),
@@ -97,6 +96,11 @@ class TiledArena(ShardArena):
     def _masters_of(self, tile: Tile, place: int) -> torch.Tensor:
         """What a tile's update reads and writes as its masters; ``place`` is its number."""
         return self.masters[tile.group][tile.begin : tile.end]
+
+    def _copies_of(self, tile: Tile, place: int) -> list[torch.Tensor]:
+        """What it writes as their low-precision copy; none where the weights are the masters."""
+        copy = self.copies[tile.group]
+        return [] if copy is None else [copy[tile.begin : tile.end]]
 
     def _cut(self, number: int) -> Iterator[tuple[int, int]]:
         """Runs of whole parameters of about ``tile_numel`` elements; a larger parameter is one of its own."""

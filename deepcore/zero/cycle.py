@@ -84,6 +84,8 @@ class GatherCycle:
             self._ahead.append(unit)
         else:
             unit.contribute(self._axis)  # it is here already; the others may wait for this rank's shard
+        if self._position < len(self._sequence):
+            self._units[self._sequence[self._position]].expect()
 
     def _use(self, unit: Unit) -> None:
         """Take ``unit`` out of what was launched; drop what was launched before it and never used."""

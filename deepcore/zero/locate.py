@@ -26,7 +26,7 @@ def weights_part(held: Held) -> Part | None:
     if held.number is None:
         assert isinstance(held.group, ShardedGroup), "groups that nothing updates are sharded"
         begin, _ = held.group.layout.shard_range(held.holdings.axis.rank)
-        return part_of(held.group.shard, begin, held.slot.start, held.slot.shape)
+        return part_of(held.group.shard_values(), begin, held.slot.start, held.slot.shape)
     arena = held.holdings.strategy.arena
     run = arena.run_of(held.number, held.index)
     if run is None:
@@ -38,7 +38,9 @@ def weights_part(held: Held) -> Part | None:
 def store_weights(held: Held, part: Part, values: Tensor) -> None:
     """Write ``values`` (1-D, any dtype) where ``weights_part`` found ``part``."""
     if held.number is None:
-        part.values.copy_(values)
+        assert isinstance(held.group, ShardedGroup)
+        begin, _ = held.group.layout.shard_range(held.holdings.axis.rank)
+        held.group.write_shard(held.slot.start + part.offset - begin, values)
         return
     arena = held.holdings.strategy.arena
     run = arena.run_of(held.number, held.index)

@@ -180,6 +180,7 @@ class UnitTraffic:
         for unit in self.units:
             unit.resident = unit.stays = False
             unit.reshard()
+            unit.forget()
 
     def restore(self) -> None:
         """All weights full for good, on every rank: the modules work without this."""

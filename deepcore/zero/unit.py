@@ -69,6 +69,16 @@ class Unit:
         for group in self.groups:
             group.launch_unshard(axis)
 
+    def expect(self) -> None:
+        """It will be gathered next."""
+        for group in self.groups:
+            group.expect()
+
+    def forget(self) -> None:
+        """The shards changed."""
+        for group in self.groups:
+            group.forget()
+
     def finish(self) -> None:
         """Wait for the gather, if one is under way."""
         if self.is_gathering:

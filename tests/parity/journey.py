@@ -40,6 +40,8 @@ def journey(case: Case, recipe: Recipe, offload: dict[str, Any], key: str) -> Se
     engine, *_ = deepcore.initialize(model=model, optimizer=client, config=config)
     model.frozen.requires_grad_(False)
     assert engine.strategy.arena.is_local == ("offload_optimizer" not in offload)
+    if offload.get("offload_param", {}).get("device") == "nvme":
+        assert all(group.column is not None for unit in engine.strategy.traffic.units for group in unit.groups)
     seen: Seen = []
     for step in range(6):
         for micro in range(case.accumulation):

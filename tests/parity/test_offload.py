@@ -94,6 +94,7 @@ FILES = [
     ("adamw", Case(stage=3, world=2), False),
     ("adamw", Case(stage=1, world=3, accumulation=3, fp16=True), True),
     ("lamb", Case(stage=2, world=2, clip=0.3), True),
+    ("lamb", Case(stage=3, world=3, fp16=True, clip=0.3), False),
     ("adagrad", Case(stage=1, world=2, clip=0.3, bf16=True), False),
 ]
 FILE_ROWS = [
@@ -114,6 +115,8 @@ def test_state_in_a_file_makes_the_journey(recipe: str, case: Case, apart: bool,
     offload["sub_group_size"] = 100  # cuts parameters
     if case.stage == 3 and apart:
         offload["offload_param"] = {"device": "cpu"}
+    elif case.stage == 3:
+        offload["offload_param"] = {"device": "nvme", "nvme_path": str(tmp_path)}
     for plain, away in run_ranks(case.world, compare, case, recipe, offload, apart, hostile=case.bf16):
         require_same(plain, away)
     assert list(tmp_path.iterdir()) == []
@@ -153,7 +156,10 @@ def test_a_checkpoint_holds_what_is_offloaded(case: Case, filed: bool, tmp_path:
     offload: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}
     if filed:
         (tmp_path / "nvme").mkdir()
-        offload["offload_optimizer"] = {"device": "nvme", "nvme_path": str(tmp_path / "nvme")}
+        where = {"device": "nvme", "nvme_path": str(tmp_path / "nvme")}
+        offload |= (
+            {"offload_optimizer": where, "offload_param": where} if case.stage == 3 else {"offload_optimizer": where}
+        )
     for (_, whole), (_, broken) in run_ranks(case.world, beside, resumed, case, offload, str(tmp_path / "saved")):
         for one, other in zip(whole, broken, strict=True):
             assert torch.equal(one, other)

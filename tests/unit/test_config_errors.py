@@ -153,6 +153,16 @@ def test_values_of_the_wrong_type_or_range(raw: dict[str, Any], key: str, got: s
             ["offload_optimizer.ratio below 1 is not offered"],
         ),
         (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu"},
+                    "offload_param": {"device": "nvme", "nvme_path": "/nvme"},
+                }
+            },
+            ["offload_param nvme with offload_optimizer cpu"],
+        ),
+        (
             {"zero_optimization": {"stage": 1, "cpu_offload": True, "offload_optimizer": {"device": "nvme"}}},
             ["cpu_offload is an old name", "contradict each other"],
         ),
@@ -254,12 +264,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["torch.nn.Linear"]}
     },
     "zero_optimization.stage": {"zero_optimization": {"stage": 3}},
-    "zero_optimization.offload_param.device": {
-        "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}}
-    },
-    "zero_optimization.offload_optimizer.device": {
-        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}
-    },
     "bf16.check_grad_overflow": {"bf16": {"check_grad_overflow": False}},
     "managed_gradient_accumulation": {"managed_gradient_accumulation": False},
     "gradient_predivide_factor": {"gradient_predivide_factor": 2.0},
