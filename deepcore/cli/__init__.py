@@ -24,6 +24,7 @@ COMMANDS = {
     "env": "report versions, devices, compilers and backends",
     "ops": "show, build or clear the native ops",
     "verify": "train your model beside plain PyTorch and compare",
+    "plan": "predict the memory that training will need",
     "config": "check and explain a config file, or print its JSON Schema",
 }
 DESCRIPTION = "deepcore: a training engine for PyTorch."

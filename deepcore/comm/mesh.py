@@ -38,7 +38,7 @@ class Axis:
         rank: this rank's index on the axis.
         size: number of ranks on the axis.
         ranks: their global ranks, in axis order.
-        group: its process group; None where size is 1.
+        group: its process group; None where size is 1, and where nobody is connected: collectives then do nothing.
         reduce_group: a second group for reductions, whose order is then free of that of gathers; None shares.
         device: where the rank's tensors are.
         line, reduce_line: the records of the two groups; None where nothing is watched.
@@ -259,6 +259,24 @@ class Mesh:
             self._alone.append(alone)
             self._made.insert(0, alone)
         return self._alone[0]
+
+    @classmethod
+    def unconnected(cls, world: World, pp: int = 1, sp: int = 1, tp: int = 1) -> Mesh:
+        """The mesh of ``world`` without any process group: collectives on it do nothing. For planning.
+
+        Raises:
+            CommError: the sizes do not divide the world.
+        """
+        sizes = _sizes(world.size, pp, sp, tp)
+        transport = collectives.make_transport(world)
+
+        def axis(name: str, dims: tuple[str, ...]) -> Axis:
+            mine = next(line for line in _lines(sizes, dims) if world.rank in line)
+            return Axis(name, mine.index(world.rank), len(mine), mine, None, transport, device=world.device)
+
+        pp_axis, dp_axis, sp_axis, tp_axis = (axis(dim, (dim,)) for dim in _DIMS)
+        zero = axis("dp x sp", ("dp", "sp")) if sizes["sp"] > 1 else dp_axis
+        return cls(pp_axis, dp_axis, sp_axis, tp_axis, zero_axis=zero, world=axis("world", _DIMS))
 
     @property
     def norm_axes(self) -> tuple[Axis, ...]:

@@ -29,6 +29,7 @@ from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimiz
 from deepcore.parallel.sequence.binding import bind
 from deepcore.precision.casts import ForwardCasts
 from deepcore.precision.scaler import LossScaler
+from deepcore.sharding.update_arena import UpdateArena
 from deepcore.zero.holdings import Holdings
 from deepcore.zero.hooks import keep_in_fp32
 from deepcore.zero.stage3 import Stage3
@@ -123,10 +124,10 @@ def _num_replicas(mesh: Mesh, settings: Settings) -> int:
     return mesh.sp.size if settings.gradient_allreduce_op == "sum" else mesh.zero_axis.size
 
 
-def bind_optimizer(parts: Parts, full_step: Callable[[], None], *, replicate: bool) -> None:
+def bind_optimizer(parts: Parts, full_step: Callable[[], None], *, replicate: bool) -> UpdateArena | None:
     """Give the optimizer, if there is one, the memory that it updates, and make its step the engine's."""
     if parts.core is None:
-        return
+        return None
     strategy, optimizer, axis = parts.strategy, parts.core.optimizer, parts.holdings.axis
     params = {
         name: param for group in strategy.arena.groups for name, param in zip(group.names, group.params, strict=True)
@@ -136,6 +137,7 @@ def bind_optimizer(parts: Parts, full_step: Callable[[], None], *, replicate: bo
     optimizer.bind(arena, params, full_step, agree)
     if isinstance(optimizer, ClientOptimizer):
         optimizer.evaluator = ClosureEvaluator(parts.core, axis)
+    return arena
 
 
 def _checks_finite(settings: Settings) -> bool:

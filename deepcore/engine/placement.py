@@ -40,7 +40,7 @@ def restore_rest(module: torch.nn.Module) -> None:
 
 def share_weights(module: torch.nn.Module, groups: Sequence[FlatGroup], axis: Axis) -> None:
     """Give every rank of ``axis`` the first one's parameters and buffers; sharded groups have shared theirs."""
-    if axis.size == 1:
+    if axis.group is None:
         return
     works = [axis.broadcast(group.full, what=group.label) for group in groups if not isinstance(group, ShardedGroup)]
     grouped = {param for group in groups for param in group.params}
@@ -76,7 +76,7 @@ def cast_rest(module: torch.nn.Module, groups: Sequence[FlatGroup], policy: Prec
 
 def require_same_model(module: torch.nn.Module, axis: Axis) -> None:
     """Raise on every rank if names, shapes, dtypes or trainability differ between ranks."""
-    if axis.size == 1:
+    if axis.group is None:
         return
     lines = [
         f"{name} {scattered.shape_of(tensor)} {tensor.dtype} {'trainable' if tensor.requires_grad else 'fixed'}"

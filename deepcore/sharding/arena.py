@@ -189,5 +189,4 @@ class ShardArena(UpdateArena):
     def nbytes(self) -> int:
         """Bytes that this rank holds for training beyond the model's own weights; an aliased master is free."""
         owned = [master for master, copy in zip(self.masters, self.copies, strict=True) if copy is not None]
-        states = [tensor for batch in self.batches for tensors in batch.states.values() for tensor in tensors]
-        return sum(tensor.nbytes for tensor in [*owned, *self.grads, *states])
+        return sum(tensor.nbytes for tensor in [*owned, *self.grads]) + self.state_nbytes

@@ -135,6 +135,8 @@ def enter(param: torch.Tensor, entry: Scattered) -> None:
 
 def find(param: torch.Tensor) -> Scattered | None:
     """What is known of ``param``; None for an ordinary one."""
+    if not _table:  # the usual case, asked for every parameter many times over
+        return None
     entry: Scattered | None = _table.get(param)
     return entry
 

@@ -5,6 +5,7 @@ Knows nothing of where the memory comes from or of ranks; subclasses do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Form:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     def view(self, tensor: torch.Tensor, segment: Segment) -> torch.Tensor:
         """The parameter as a view of ``tensor``, in which ``segment`` holds it from end to end."""
@@ -97,6 +98,16 @@ class UpdateArena:
                         lazy_zeros(param.numel(), torch.float32, param.device).as_strided(param.shape, param.stride())
                         for param in batch.params
                     ]
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of optimizer state that this rank holds."""
+        return sum(tensor.nbytes for batch in self.batches for tensors in batch.states.values() for tensor in tensors)
+
+    @property
+    def guest_nbytes(self) -> int:
+        """Bytes of masters and gradients that this rank holds for parameters of other ranks' shards."""
+        return 0
 
     def assign_hyper(self, index_of: Mapping[str, int]) -> None:
         """Point every segment at the hyperparameter row of its parameter, given by parameter name."""

@@ -38,6 +38,10 @@ class ReplicatedArena(PieceArena):
                 index += 1
         super().__init__(base, pieces, is_whole=True)
 
+    @property
+    def guest_nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in [*self._masters, *self._grads])
+
     def collect(self) -> None:
         self.base.settle()
         self.activate()

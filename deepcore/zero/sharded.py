@@ -135,6 +135,11 @@ class ShardedGradients(ZeroStrategy):
             for param in group.params:
                 param.grad = None
 
+    def held_nbytes(self, num_passes: int) -> int:
+        if num_passes == 1 or self.reduces(boundary=False):
+            return 0
+        return sum(group.layout.numel * group.dtypes.accumulate.itemsize for group in self.groups)
+
     def window_gradient(self, number: int, index: int) -> WindowGradient:
         slot = self.groups[number].layout.slots[index]
         local = None

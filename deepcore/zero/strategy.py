@@ -100,6 +100,10 @@ class ZeroStrategy(ABC):
         self.publish()
         self.watch.renew()
 
+    def held_nbytes(self, num_passes: int) -> int:
+        """Bytes of whole local gradients that a window of ``num_passes`` backward passes keeps between them."""
+        return 0
+
     def materialize(self) -> AbstractContextManager[None]:
         """All full weights in the module inside, on every rank. Collective where weights are sharded."""
         return nullcontext()

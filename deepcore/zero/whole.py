@@ -62,6 +62,7 @@ class WholeArena(PieceArena):
                 numel = base.forms[param.name].numel
                 master, grad = base.masters[param.group], base.grads[param.group]
                 guests[param.index] = (master.new_empty(numel), grad.new_empty(numel))
+        self._guest_nbytes = sum(master.nbytes + grad.nbytes for master, grad in guests.values())
         super().__init__(base, list(self._pieces(base, params, guests)), is_whole=base.is_whole)
         plan = _Plan(axis, self._rank, self._size, travelling, guests)
         self._inward = plan.exchanges([(_MASTER, base.masters), (_GRAD, base.grads)], inward=True)
@@ -122,9 +123,8 @@ class WholeArena(PieceArena):
         self.base.send()
 
     @property
-    def travelling_nbytes(self) -> int:
-        """Bytes of masters and gradients that this rank holds for parameters of other ranks' shards."""
-        return sum(t.nbytes for batch in self.batches if not batch.copies for t in (*batch.params, *batch.grads))
+    def guest_nbytes(self) -> int:
+        return self._guest_nbytes
 
 
 def _run(shard: torch.Tensor, cut: Cut) -> torch.Tensor:
@@ -155,10 +155,9 @@ class _Plan:
         for which, shards in what:
             for param in self._travelling:
                 shard = shards[param.group]
-                lists = slices.setdefault(
-                    shard.dtype, ([[] for _ in range(self._size)], [[] for _ in range(self._size)])
-                )
-                self._add(param, shard, which, *lists)
+                if shard.dtype not in slices:  # lists for thousands of ranks, once
+                    slices[shard.dtype] = ([[] for _ in range(self._size)], [[] for _ in range(self._size)])
+                self._add(param, shard, which, *slices[shard.dtype])
         found = []
         for dtype, (at_home, at_owner) in slices.items():
             like = torch.empty(0, dtype=dtype, device=what[0][1][0].device)

@@ -16,8 +16,8 @@ FLOORS = {
     **dict.fromkeys(("config", "comm", "ops"), 1),
     **dict.fromkeys(("sharding", "precision", "optim"), 2),
     **dict.fromkeys(("zero", "parallel", "checkpoint", "generate"), 3),
-    **dict.fromkeys(("engine", "plan", "monitor", "pipe", "sequence", "tensor"), 4),
-    "front_door": 5,
+    **dict.fromkeys(("engine", "monitor", "pipe", "sequence", "tensor"), 4),
+    **dict.fromkeys(("front_door", "plan"), 5),
     "verification": 6,
     "cli": 7,
     **dict.fromkeys(("__init__", "__main__"), 8),  # the package's face: lazy names, python -m

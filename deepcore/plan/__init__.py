@@ -1,0 +1,1 @@
+"""Owns predictions of what a training run will need, made before anything is allocated."""

@@ -1,0 +1,164 @@
+"""Owns the memory plan: the bytes that one rank will hold, counted on tensors that occupy none.
+
+Knows nothing of formulas for a stage: it builds the engine's own parts on the meta device and adds up their sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepcore.comm.mesh import Mesh
+from deepcore.comm.setup import World
+from deepcore.config import Settings, load, parse
+from deepcore.engine.assemble import Parts, bind_optimizer, build_parts
+from deepcore.errors import ConfigError
+from deepcore.optim.client import ClientOptimizer
+from deepcore.sharding import scattered
+from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.sharded_group import ShardedGroup
+from deepcore.sharding.update_arena import UpdateArena
+from deepcore.zero.sharded import MAX_IN_FLIGHT
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one rank; activations are the model's own affair and not among them.
+
+    Attributes:
+        stage, world_size, num_params: of what was planned.
+        weights: parameters and buffers, whole or this rank's shards, in the dtype that the model computes in.
+        masters: weights in higher precision that the optimizer updates; 0 where the weights are that themselves.
+        gradients: reduced gradients of this rank's shards, or of everything at stage 0.
+        held: whole local gradients that an accumulation window keeps between its passes.
+        state: of the optimizer; None for an optimizer that makes it in its first step.
+        guests: masters and gradients of parameters that are updated here whole, for the shards of other ranks.
+        in_flight: at most, for a moment: gathered weights and unreduced gradients of two groups.
+    """
+
+    stage: int
+    world_size: int
+    num_params: int
+    weights: int
+    masters: int
+    gradients: int
+    held: int
+    state: int | None
+    guests: int
+    in_flight: int
+
+    @property
+    def persistent(self) -> int:
+        """Bytes that stay for the engine's life, and through an accumulation window."""
+        return self.weights + self.masters + self.gradients + self.held + (self.state or 0) + self.guests
+
+
+def plan_memory(model: torch.nn.Module, config: Any, *, world_size: int, rank: int = 0) -> MemoryPlan:
+    """What ``rank`` of ``world_size`` ranks will hold when it trains ``model`` under ``config``.
+
+    Nothing is allocated, and the model is neither moved nor changed; it may live on the meta device.
+
+    Args:
+        model: as for ``initialize``.
+        config: as for ``initialize``; it names the optimizer.
+        world_size: ranks of the job.
+        rank: one of them; shards are equal, only whole-parameter updates (Muon) are not.
+
+    Raises:
+        ConfigError: the config cannot be honoured on that many ranks.
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            "there is no such rank to plan for",
+            got=f"rank {rank} of {world_size}",
+            expected="0 <= rank < world_size, world_size at least 1",
+            do="pass the number of ranks of the job as world_size",
+        )
+    settings = parse(load(config), world_size=world_size)
+    ghost = _on_meta(model)
+    world = World(rank, world_size, rank, world_size, META, "none", owned=False)
+    mesh = Mesh.unconnected(world, sp=settings.sequence_parallel_size)
+    parts = build_parts(ghost, None, None, world, mesh, settings)
+    arena = bind_optimizer(parts, lambda: None, replicate=settings.zero_optimization.replicate_optimizer)
+    return _count(ghost, parts, arena, settings)
+
+
+def _on_meta(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the modules and their tensors, tied ones included, that has no memory. Other attributes are shared."""
+    tensors: dict[torch.Tensor, torch.Tensor] = {}
+    modules: dict[torch.nn.Module, torch.nn.Module] = {}
+
+    def ghost(module: torch.nn.Module) -> torch.nn.Module:
+        if module in modules:
+            return modules[module]
+        twin: torch.nn.Module = modules.setdefault(module, module.__class__.__new__(module.__class__))
+        # Its own dicts of parameters and hooks; what they hold is the original's, tensors and children excepted.
+        twin.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+        for table in (twin._parameters, twin._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    if tensor not in tensors:
+                        tensors[tensor] = _empty(tensor)
+                    table[name] = tensors[tensor]  # type: ignore[assignment]
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else ghost(child)
+        return twin
+
+    return ghost(model)
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.nn.Parameter):
+        return torch.empty_like(tensor, device=META)
+    shape, stride = scattered.shape_of(tensor), scattered.stride_of(tensor)  # also of what zero.Init has in parts
+    empty = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=META)
+    return torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+
+
+def _count(model: torch.nn.Module, parts: Parts, arena: UpdateArena | None, settings: Settings) -> MemoryPlan:
+    base, groups = parts.strategy.arena, parts.holdings.groups
+    grouped = {param for group in groups for param in group.params}
+    rest = [*(param for param in model.parameters() if param not in grouped), *model.buffers()]
+    makes_state_later = parts.core is not None and isinstance(parts.core.optimizer, ClientOptimizer)
+    return MemoryPlan(
+        stage=int(settings.zero_optimization.stage),
+        world_size=parts.holdings.axis.size,
+        num_params=sum(slot.numel for group in groups for slot in group.layout.slots) + sum(p.numel() for p in rest),
+        weights=sum(map(_weights_nbytes, groups)) + sum(tensor.nbytes for tensor in rest),
+        masters=sum(m.nbytes for m, low in zip(base.masters, base.copies, strict=True) if low is not None),
+        gradients=sum(gradient.nbytes for gradient in base.grads),
+        held=parts.strategy.held_nbytes(settings.gradient_accumulation_steps),
+        state=None if makes_state_later else 0 if arena is None else arena.state_nbytes,
+        guests=0 if arena is None else arena.guest_nbytes,
+        in_flight=MAX_IN_FLIGHT * max(map(_moving_nbytes, groups), default=0),
+    )
+
+
+def _weights_nbytes(group: FlatGroup) -> int:
+    numel = group.layout.shard_numel if isinstance(group, ShardedGroup) else group.layout.numel
+    return numel * group.key.dtype.itemsize
+
+
+def _moving_nbytes(group: FlatGroup) -> int:
+    """A group's gradient as it leaves, and its gathered weights where they come and go."""
+    times = 2 if isinstance(group, ShardedGroup) else 1
+    return times * group.layout.numel * group.key.dtype.itemsize
+
+
+def table(plans: Sequence[MemoryPlan]) -> str:
+    """The plans as lines of text, GB (1e9 bytes) per rank."""
+    columns = ("weights", "masters", "gradients", "held", "state", "guests", "persistent", "in_flight")
+    lines = ["stage  ranks  " + "  ".join(f"{name.replace('_', ' '):>10}" for name in columns)]
+    for plan in plans:
+        cells = "  ".join(f"{_gb(getattr(plan, name)):>10}" for name in columns)
+        lines.append(f"{plan.stage:>5}  {plan.world_size:>5}  {cells}")
+    return "\n".join(lines)
+
+
+def _gb(nbytes: int | None) -> str:
+    return "?" if nbytes is None else f"{nbytes / 1e9:.3f}"
