@@ -1,4 +1,4 @@
-# The project's commands; `make help` lists them. Variables: PYTHON, VENV, NPROC, CONFIG, STEPS, OUT, TORCH_INDEX, ARGS, PART.
+# The project's commands; `make help` lists them. Variables: PYTHON, VENV, NPROC, CONFIG, STEPS, OUT, TORCH_INDEX, ARGS, JOBS, PART.
 PYTHON      ?= python3
 VENV        ?= .venv
 NPROC       ?=
@@ -7,6 +7,7 @@ STEPS       ?=
 OUT         ?= runs/bytelm
 TORCH_INDEX ?=
 ARGS        ?=
+JOBS        ?= 2
 PART        ?=
 
 BIN := $(VENV)/bin
@@ -30,6 +31,7 @@ help: ## Show this list
 	@echo "  PYTHON=python3  the interpreter that makes the virtual environment, and that make gpu uses as it is"
 	@echo "  TORCH_INDEX=url a package index that has the torch build you want, such as PyTorch's index of CPU builds"
 	@echo "  PART=n          the part of make gpu           ARGS='...'  more arguments for make test, bench or train"
+	@echo "  JOBS=2          processes that run the tests, each with ranks of its own"
 
 # --------------------------------------------------------------------------------------------------------- environment
 # Stamps: a change of what is to be installed installs again; otherwise nothing is touched.
@@ -122,17 +124,17 @@ csrc-test: $(VENV)/test.stamp
 	fi
 
 pytest: $(VENV)/test.stamp ops
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 parity: $(VENV)/test.stamp ops ## Run the whole parity matrix, the nightly half included
-	@$(BIN)/python -m pytest -m "" tests/parity tests/dist $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "" tests/parity tests/dist $(ARGS)
 
 lint: $(VENV)/lint.stamp ## Check style, types and the laws of the house
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	find $(CXX_SOURCES) | $(RUN) xargs clang-format --dry-run -Werror
-	$(BIN)/python -m pytest -q tests/meta
+	$(BIN)/python -m pytest -q tests/meta/test_house.py
 
 format: $(VENV)/lint.stamp ## Rewrite the sources in the project's style
 	$(BIN)/python -m ruff check --fix-only .
