@@ -5,6 +5,7 @@ Knows nothing of engines, and of checkpoints only what a ``Reader`` gives.
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Mapping
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import torch
 
+from deepcore.checkpoint.fragments import Form
 from deepcore.checkpoint.io import Entry, write_file
+from deepcore.checkpoint.names import frozen_names, model_names, tied_names
+from deepcore.checkpoint.reader import Reader
 from deepcore.errors import UsageError
 
 _SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -50,3 +54,61 @@ def write_model(path: Path, state: Mapping[str, torch.Tensor], tied: Mapping[str
     finally:
         if fresh.exists():
             os.unlink(fresh)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def export(
+    reader: Reader, out: Path, *, dtype: torch.dtype | None, max_nbytes: int, exclude_frozen: bool = False
+) -> list[Path]:
+    """Write a checkpoint's model as Hugging Face's libraries read it: safetensors files, with an index if several.
+
+    Args:
+        out: a folder, made if it is not there.
+        dtype: of floating-point tensors; None keeps what the checkpoint has.
+        max_nbytes: of a file; a tensor larger than that has a file of its own.
+
+    Returns:
+        The files written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    frozen = frozen_names(reader) if exclude_frozen else set()
+    names = {short: name for short, name in model_names(reader).items() if short not in frozen}
+    sizes = {short: _nbytes(reader.record(name).form, dtype) for short, name in names.items()}
+    parts = _divided(sizes, max_nbytes)
+    tied = {alias: name for alias, name in tied_names(reader).items() if name in names}
+    files, weight_map = [], dict[str, str]()
+    for number, part in enumerate(parts, 1):
+        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        values = reader.several(names[short] for short in part)
+        state = {short: _as(values[names[short]], dtype) for short in part}
+        write_model(out / file, state, {alias: name for alias, name in tied.items() if name in state})
+        weight_map.update(dict.fromkeys(part, file))
+        files.append(out / file)
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        files.append(out / INDEX)
+    return files
+
+
+def _divided(sizes: Mapping[str, int], max_nbytes: int) -> list[list[str]]:
+    """Names in their order, in runs of at most so many bytes."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if parts[-1] and filled + size > max_nbytes:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+    return parts
+
+
+def _nbytes(form: Form, dtype: torch.dtype | None) -> int:
+    return form.numel * (dtype if dtype is not None and form.dtype.is_floating_point else form.dtype).itemsize
+
+
+def _as(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value

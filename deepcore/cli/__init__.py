@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": "train your model beside plain PyTorch and compare",
     "plan": "predict the memory that training will need",
     "config": "check and explain a config file, or print its JSON Schema",
+    "checkpoint": "inspect, verify, diff, export or import checkpoints",
 }
 DESCRIPTION = "deepcore: a training engine for PyTorch."
 EPILOG = "'deepcore COMMAND --help' explains a command. Exit codes: 0 done, 1 the command failed, 2 wrong input."

@@ -13,12 +13,11 @@ import torch
 
 from deepcore.checkpoint.encoding import Encoder
 from deepcore.checkpoint.fragments import Form, Fragment, order_of, whole
+from deepcore.checkpoint.names import BUFFERS, STATE, WEIGHTS
 from deepcore.optim.factory import EngineOptimizer
 from deepcore.zero import holdings
 from deepcore.zero.holdings import Held
 from deepcore.zero.locate import store_weights, weights_part
-
-WEIGHTS, BUFFERS, STATE = "weights/", "buffers/", "optimizer/"
 
 
 def param_form(held: Held, dtype: torch.dtype) -> Form:

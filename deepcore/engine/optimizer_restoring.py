@@ -14,8 +14,9 @@ import torch
 from deepcore.base.log import logger
 from deepcore.checkpoint.encoding import Decoder
 from deepcore.checkpoint.fragments import Fragment, order_of
+from deepcore.checkpoint.names import WEIGHTS
 from deepcore.checkpoint.reader import Reader
-from deepcore.engine.contents import WEIGHTS, param_form, updated
+from deepcore.engine.contents import param_form, updated
 from deepcore.errors import CheckpointError
 from deepcore.optim.client import ClientOptimizer
 from deepcore.zero.holdings import Held

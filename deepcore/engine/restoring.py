@@ -17,10 +17,11 @@ from deepcore.checkpoint import checkpointer
 from deepcore.checkpoint import folder as folders
 from deepcore.checkpoint.encoding import Decoder
 from deepcore.checkpoint.fragments import Fragment, in_shape
+from deepcore.checkpoint.names import BUFFERS, WEIGHTS, state_dict
 from deepcore.checkpoint.reader import Reader
 from deepcore.comm.exchange import gather_records, together
 from deepcore.engine import random_state
-from deepcore.engine.contents import BUFFERS, WEIGHTS, aliases, buffer_fragments, extra_states, weight_fragments
+from deepcore.engine.contents import aliases, buffer_fragments, extra_states, weight_fragments
 from deepcore.engine.optimizer_restoring import OptimizerRestorer, require_groups, restore_groups
 from deepcore.engine.saved_state import require_state
 from deepcore.engine.saving import require_folder
@@ -106,6 +107,9 @@ class _Restorer:
         engine, module = self._engine, self._engine.module
         wanted = [*weight_fragments(module), *buffer_fragments(module)]
         renamed = {WEIGHTS + name: WEIGHTS + other for name, other in self._renames().items()}
+        for name in (f.name for f in wanted if f.name.startswith(BUFFERS) and f.name not in self._reader.tensors):
+            if (other := WEIGHTS + name.removeprefix(BUFFERS)) in self._reader.tensors:
+                renamed[name] = other  # imported from a plain state dict, which does not tell them apart
         self._require_names({f.name for f in wanted}, renamed)
         if self._options.custom is None:
             for fragment in wanted:
@@ -114,7 +118,7 @@ class _Restorer:
                     self._targets.append(replace(fragment, name=name))
         if self._with_optimizer and self._state.get("optimizer"):
             require_groups(engine, self._groups())
-            names = {name.removeprefix(WEIGHTS): other.removeprefix(WEIGHTS) for name, other in renamed.items()}
+            names = {n.removeprefix(WEIGHTS): other.removeprefix(WEIGHTS) for n, other in renamed.items()}
             self._optimizer = OptimizerRestorer(engine, self._reader, names)
             self._targets += self._optimizer.targets
         elif self._with_optimizer:
@@ -202,7 +206,7 @@ class _Restorer:
         return in_shape(self._decoded[name], form)
 
     def _load_custom(self, custom: Callable[[Mapping[str, Any], torch.nn.Module], Any]) -> None:
-        state = whole_state_dict(self._reader)
+        state = state_dict(self._reader)
         with self._engine.strategy.materialize():
             custom(state, self._engine.module)
             changed = {name: value.detach().clone() for name, value in self._engine.module.state_dict().items()}
@@ -223,9 +227,9 @@ class _Restorer:
             engine.core.scaler.load_state_dict(state["scaler"])
         if engine.training_dataloader is not None and state["loader"] is not None:
             engine.training_dataloader.load_state_dict(state["loader"])
-        if state["random"] is not None:
+        if state["random"]:
             random_state.restore(state["random"], engine.device)
-        elif engine.global_rank == 0:
+        elif engine.global_rank == 0 and state["random"] is None:
             logger().info(
                 f"saved by {len(self._state['ranks'])} ranks and loaded by {engine.world_size}: "
                 "each rank keeps its present random state"
@@ -234,16 +238,6 @@ class _Restorer:
 
 def _target(reader: Reader, name: str, flat: torch.Tensor) -> Fragment:
     return Fragment(name, reader.record(name).form, 0, flat)
-
-
-def whole_state_dict(reader: Reader) -> dict[str, torch.Tensor]:
-    """The module's state dict as the checkpoint has it, in the precision of its masters, tied names included."""
-    names = [name for name in reader.tensors if name.startswith((WEIGHTS, BUFFERS))]
-    values = reader.several(names)
-    state = {name.split("/", 1)[1]: value for name, value in values.items()}
-    module = reader.manifest.state.get("module", {})
-    state.update({alias: state[name] for alias, name in module.get("aliases", {}).items() if name in state})
-    return state
 
 
 def _listed(names: Iterable[str]) -> str:

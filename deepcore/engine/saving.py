@@ -21,11 +21,11 @@ from deepcore.checkpoint.encoding import Encoder
 from deepcore.checkpoint.export import require_model_file, write_model
 from deepcore.checkpoint.folder import require_tag
 from deepcore.checkpoint.fragments import Fragment, in_shape, whole
+from deepcore.checkpoint.names import BUFFERS
 from deepcore.checkpoint.retention import Retention
 from deepcore.comm.exchange import gather_records, together
 from deepcore.engine import random_state
 from deepcore.engine.contents import (
-    BUFFERS,
     OptimizerContents,
     aliases,
     buffer_fragments,

@@ -106,7 +106,7 @@ def test_help_lists_every_command(words: list[str], capsys: pytest.CaptureFixtur
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     for name, summary in cli.COMMANDS.items():
-        assert f"{name} " in out
+        assert f"    {name}" in out
         assert summary in " ".join(out.split())
 
 
