@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deepcore import comm as comm
+    from deepcore import pipe as pipe
     from deepcore import sequence as sequence
     from deepcore import zero as zero
     from deepcore.comm.setup import init_distributed as init_distributed
     from deepcore.config.arguments import add_config_arguments as add_config_arguments
     from deepcore.engine.data import RepeatingLoader as RepeatingLoader
     from deepcore.engine.engine import Engine as Engine
+    from deepcore.engine.pipeline import PipelineEngine as PipelineEngine
     from deepcore.front_door import initialize as initialize
+    from deepcore.pipe import PipelineModule as PipelineModule
     from deepcore.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -26,10 +29,12 @@ _HOMES = {
     "init_distributed": "deepcore.comm.setup",
     "add_config_arguments": "deepcore.config.arguments",
     "Engine": "deepcore.engine.engine",
+    "PipelineEngine": "deepcore.engine.pipeline",
+    "PipelineModule": "deepcore.pipe",
     "RepeatingLoader": "deepcore.engine.data",
     "verify": "deepcore.verification",
 }
-_SUBPACKAGES = ("comm", "config", "errors", "ops", "optim", "sequence", "zero")
+_SUBPACKAGES = ("comm", "config", "errors", "ops", "optim", "pipe", "sequence", "zero")
 
 __all__ = ["__version__", *_HOMES, *_SUBPACKAGES]
 

@@ -15,10 +15,13 @@ from deepcore.comm.setup import init_distributed
 from deepcore.config import Settings, load, parse
 from deepcore.config.mesh_param import with_mesh
 from deepcore.engine.assemble import build_engine
+from deepcore.engine.assemble_pipeline import build_pipeline_engine
 from deepcore.engine.data import build_dataloader
 from deepcore.engine.engine import Engine
+from deepcore.engine.pipeline import PipelineEngine
 from deepcore.errors import ConfigError
 from deepcore.optim.schedules import build_scheduler
+from deepcore.parallel.pipeline.module import PipelineModule
 
 
 def initialize(
@@ -35,12 +38,13 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
-) -> tuple[Engine, Any, Any, Any]:
+) -> tuple[Engine | PipelineEngine, Any, Any, Any]:
     """Wrap a model for training.
 
     Args:
         args: a namespace whose ``deepspeed_config`` (or ``deepcore_config``) may name the config file.
-        model: the ``torch.nn.Module`` to train; its parameters stay the same objects.
+        model: the ``torch.nn.Module`` to train; its parameters stay the same objects. A ``PipelineModule`` makes it
+            a ``PipelineEngine``.
         optimizer: an optimizer, or a callable from parameters to one; else the config's.
         model_parameters: parameters or param_group dicts to optimize; else all that are trainable.
         training_data: a dataset, for which a loader is built.
@@ -64,11 +68,16 @@ def initialize(
     raw = load(config, config_params=config_params, args=args)
 
     world = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    settings = parse(with_mesh(raw, mesh_param), world_size=world.size)
-    _require_route(model, settings, mpu)
+    replicas = world.size // model.num_stages if isinstance(model, PipelineModule) else None
+    settings = parse(with_mesh(raw, mesh_param), world_size=world.size, data_parallel_size=replicas)
+    _require_route(settings, mpu)
     ops.load(world.device.type)
 
-    engine, base_optimizer = build_engine(model, optimizer, model_parameters, world, settings)
+    engine: Engine | PipelineEngine
+    if isinstance(model, PipelineModule):
+        engine, base_optimizer = build_pipeline_engine(model, optimizer, model_parameters, world, settings)
+    else:
+        engine, base_optimizer = build_engine(model, optimizer, model_parameters, world, settings)
     engine.config = raw
     engine.lr_scheduler = _make_scheduler(lr_scheduler, settings, engine.optimizer, base_optimizer)
     if training_data is not None:
@@ -94,11 +103,9 @@ def _require_model(model: torch.nn.Module | None) -> torch.nn.Module:
     )
 
 
-def _require_route(model: torch.nn.Module, settings: Settings, mpu: Any) -> None:
-    """Choose the engine by model and config. Routes other than to ``Engine`` are refused by name for now."""
-    pipeline = any(kind.__name__ == "PipelineModule" for kind in type(model).__mro__)
+def _require_route(settings: Settings, mpu: Any) -> None:
+    """Refuse, by name, the routes that are not there yet."""
     routes = {
-        "a PipelineModule (PipelineEngine)": pipeline,
         "hybrid_engine.enabled (HybridEngine)": settings.hybrid_engine.enabled,
         "mpu (ranks laid out by another library)": mpu is not None,
     }

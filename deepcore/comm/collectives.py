@@ -70,6 +70,10 @@ class Transport(Protocol):
         group: dist.ProcessGroup,
     ) -> Pending: ...
 
+    def send(self, tensor: Tensor, dst_index: int, group: dist.ProcessGroup) -> Pending: ...
+
+    def receive(self, tensor: Tensor, src_index: int, group: dist.ProcessGroup) -> Pending: ...
+
     def barrier(self, group: dist.ProcessGroup) -> Pending: ...
 
     def discard(self, tensor: Tensor) -> None:
@@ -206,6 +210,14 @@ class TorchTransport:
             async_op=True,
         )
         return self._landing(work, output, out)
+
+    def send(self, tensor: Tensor, dst_index: int, group: dist.ProcessGroup) -> Pending:
+        # A staged tensor is copied here and now: there is nothing to land.
+        return watched(dist.isend(self._carrier(tensor), group=group, group_dst=dst_index), self._watch)
+
+    def receive(self, tensor: Tensor, src_index: int, group: dist.ProcessGroup) -> Pending:
+        flat = self._carrier(tensor, read=False)
+        return self._landing(dist.irecv(flat, group=group, group_src=src_index), tensor, flat)
 
     def barrier(self, group: dist.ProcessGroup) -> Pending:
         return watched(dist.barrier(group=group, async_op=True), self._watch)

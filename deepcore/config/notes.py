@@ -21,6 +21,7 @@ CHOICES: dict[str, str] = {
     "bf16.immediate_grad_update": "every micro-batch counts, whatever this says",
     "timers.throughput.synchronized": "measuring does not stop the device; DeepSpeed's does",
     "scheduler.params.warmup_type": 'a logarithmic curve, as in DeepSpeed; "linear" is the straight one',
+    "pipeline.use_reentrant": "false; the older kind loses gradients of layers whose inputs take none. DeepSpeed: true",
     "tensor_parallel.dtype": "the model's; DeepSpeed: fp16",
 }
 

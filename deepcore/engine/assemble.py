@@ -22,6 +22,7 @@ from deepcore.engine.grouping import Grouper, Grouping
 from deepcore.engine.placement import cast_rest, require_same_model, require_stage, restore_rest, share_weights
 from deepcore.engine.regime import policy_from, scaler_from
 from deepcore.engine.residence import arena_maker
+from deepcore.engine.shared_modules import SharedModules
 from deepcore.engine.tokens import TokenCount
 from deepcore.engine.trainability import LateThaws, note_room_for_frozen
 from deepcore.optim.client import ClientOptimizer
@@ -77,8 +78,14 @@ def build_parts(
     world: World,
     mesh: Mesh,
     settings: Settings,
+    shared: SharedModules | None = None,
 ) -> Parts:
-    """Place the model, group its parameters and make what trains them."""
+    """Place the model, group its parameters and make what trains them.
+
+    Args:
+        shared: modules that ranks with other parameters hold too.
+    """
+    shared = shared or SharedModules()
     model.to(world.device)
     policy = policy_from(settings)
     casts = ForwardCasts(policy.inputs, policy.autocast, world.device.type)
@@ -90,11 +97,12 @@ def build_parts(
     require_stage(model, settings.zero_optimization.stage)
     require_same_model(model, axis)
     bind(model, mesh.sp)
-    grouping = Grouper(model, policy, axis, settings).group(chosen)
+    grouping = Grouper(model, policy, axis, settings).group(chosen, shared.apart)
     if world.rank == 0:
         note_room_for_frozen(grouping.held)
     restore_rest(model)
     share_weights(model, grouping.everything, axis)
+    shared.equalise(grouping.everything)
     cast_rest(model, grouping.everything, policy)
     if policy.param is not None:
         keep_in_fp32(policy.fp32_islands(model), policy.param)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from deepcore.engine.agreement import Agreement
 from deepcore.engine.clock import Clock
 from deepcore.engine.report import StepReport
 from deepcore.engine.tokens import TokenCount
@@ -45,6 +46,9 @@ class TrainCore:
     """Backward and step over a strategy and an optimizer.
 
     A window is the backward passes between two optimizer steps.
+
+    Attributes:
+        agreement: with ranks that hold other parameters; an engine that has such ranks replaces it.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class TrainCore:
         self.on_death: Callable[[str], None] = lambda reason: None  # told why this core refuses all further work
         self.strategy, self.optimizer, self.scaler = strategy, optimizer, scaler
         self.clock, self.settings = clock, settings
+        self.agreement = Agreement()
         self.last_report: StepReport | None = None
         self.fresh_report: StepReport | None = None  # of a step that the engine has not accounted for yet
         self._backwards = 0  # in this window
@@ -155,7 +160,8 @@ class TrainCore:
         with torch.no_grad():
             self.optimizer.update(verdict.grad_scale, verdict.skip)
             self.strategy.publish()
-            self.last_report = self.fresh_report = StepReport(verdict, self.strategy.arena.names, self.scaler.state)
+            names = self.agreement.names or self.strategy.arena.names
+            self.last_report = self.fresh_report = StepReport(verdict, names, self.scaler.state)
             self.scaler.update(verdict.skip)
         self.clear()
         self.clock.tick_step()
@@ -165,8 +171,9 @@ class TrainCore:
         """Reduce what is unreduced and decide on clipping and skipping. Collective."""
         self.strategy.make_boundary()
         self._tokens.agree()
+        self.agreement.sum_shared()
         return judge(
-            self.strategy.measure(),
+            self.agreement.complete(self.strategy.measure()),
             max_norm=self.settings.max_norm,
             unscale=self.unscale,
             check=self.settings.check_finite,

@@ -5,7 +5,7 @@ Knows nothing of what the groups are used for.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,17 +56,24 @@ class Grouper:
         self._dtypes = policy.param_dtypes(model)
         self._held: set[torch.nn.Parameter] = set()
 
-    def group(self, chosen: Collection[torch.nn.Parameter]) -> Grouping:
+    def group(
+        self, chosen: Collection[torch.nn.Parameter], apart: Sequence[Collection[torch.nn.Parameter]] = ()
+    ) -> Grouping:
         """The groups for the parameters ``chosen`` by the optimizer, and at stage 3 for others too.
 
         Of those chosen that are frozen, the ones that can be trained get their place too: they may be unfrozen later.
+        Each collection in ``apart`` gets groups of its own, below stage 3.
         """
         self._held = {param for param in chosen if param.requires_grad or _is_plain(param)}
         if self._zero.stage == 3:
             return self._by_unit()
         named = [(name, param) for name, param in self._model.named_parameters() if param in self._held]
-        groups = [self._replicated(plan) for plan in self._plan(named, self._zero.reduce_bucket_size)]
-        return Grouping(groups, homes=self._homes)
+        somewhere = {param for part in apart for param in part}
+        plans: list[GroupPlan] = []
+        for part in [{param for _, param in named if param not in somewhere}, *apart]:
+            members = [(name, param) for name, param in named if param in part]
+            plans += self._plan(members, self._zero.reduce_bucket_size, first_unit=len(plans))
+        return Grouping([self._replicated(plan) for plan in plans], homes=self._homes)
 
     def _by_unit(self) -> Grouping:
         named = [(name, param) for name, param in self._model.named_parameters() if self._shards(param)]

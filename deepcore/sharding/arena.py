@@ -29,6 +29,8 @@ class ShardArena(UpdateArena):
         copies: per group, the low-precision copy of its shard, or None where the weights are the masters.
         ranges: per group, the elements that are held.
         batches: one per combination of dtypes; together they cover every element of the shards once.
+        counted: bool (P,), the parameters whose gradients this rank adds to the global norm; None: all. One that
+            ranks with other parameters hold too is counted by one of them.
     """
 
     def __init__(self, groups: Sequence[FlatGroup], rank: int | None) -> None:
@@ -53,6 +55,7 @@ class ShardArena(UpdateArena):
             for group in self.groups
             for slot, stride in zip(group.layout.slots, group.strides, strict=True)
         }
+        self.counted: torch.Tensor | None = None
         self.usage = torch.zeros(len(self.names), dtype=torch.uint8, device=self.device)
         self.batches: list[SegmentBatch] = []
         self.params_of: list[torch.Tensor] = []

@@ -37,8 +37,9 @@ def read_gradients(arena: ShardArena) -> torch.Tensor:
     vector = torch.empty(1 + arena.usage.numel(), dtype=torch.float64, device=arena.device)
     vector[1:] = arena.usage
     totals = []
+    own = arena.counted
     for params_of, squares, total in arena.squares():
-        totals.append(total)
+        totals.append(total if own is None else torch.where(own[params_of], squares, 0.0).sum())
         vector[1:].index_add_(0, params_of, (~torch.isfinite(squares)).double(), alpha=SPOILT)
     vector[0] = torch.stack(totals).sum()
     return vector

@@ -161,6 +161,16 @@ class HostileTransport:
         flight.ruin(output)
         return flight
 
+    def send(self, tensor: Tensor, dst_index: int, group: dist.ProcessGroup) -> Pending:
+        flight = self._flight("send", tensor, group, lambda: self._inner.send(tensor, dst_index, group))
+        flight.watch(tensor)
+        return flight
+
+    def receive(self, tensor: Tensor, src_index: int, group: dist.ProcessGroup) -> Pending:
+        flight = self._flight("receive", tensor, group, lambda: self._inner.receive(tensor, src_index, group))
+        flight.ruin(tensor)
+        return flight
+
     def barrier(self, group: dist.ProcessGroup) -> Pending:
         return self._tape.launch(Flight(self._tape, "barrier", group, lambda: self._inner.barrier(group)))
 

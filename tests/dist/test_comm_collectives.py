@@ -195,3 +195,24 @@ def test_the_look_alikes(ranks):
     for rank, (values, objects, gathered, group_size) in enumerate(ranks(2, user_calls)):
         assert values == [[1.0, 2.0], [0.0, 1.0], [0.0, 1.0], [2.0 * rank], [0.0, 1.0], [1]]
         assert (objects, gathered, group_size) == ([1], [{"rank": 0}, {"rank": 1}], 2)
+
+
+def ring(dtype, count):
+    line, size = axis(), dist.get_world_size()
+    if size == 1:
+        return True
+    after, before = (line.rank + 1) % size, (line.rank - 1) % size
+    first, second = pattern(count, dtype, line.rank), pattern(count, dtype, line.rank + 1)
+    taken = [torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype)]
+    sends = [lambda: line.send(first, after), lambda: line.send(second, after)]
+    receives = [lambda: line.receive(taken[0], before), lambda: line.receive(taken[1], before)]
+    # The first rank sends before it receives, the others the other way round: a ring of blocking sends would stand.
+    for launch in (sends + receives) if line.rank == 0 else [receives[0], sends[0], receives[1], sends[1]]:
+        launch().wait()
+    return equal(taken[0], pattern(count, dtype, before)) and equal(taken[1], pattern(count, dtype, before + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("count", [1, 31])
+def test_what_is_sent_to_a_neighbour_arrives_in_order(ranks, hostile, dtype, count):
+    assert ranks(3, ring, dtype, count, hostile=hostile) == [True] * 3

@@ -93,3 +93,30 @@ def test_lines_partition_the_ranks(sizes):
         for dim in dims:
             length *= named[dim]
         assert {len(line) for line in lines} == {length}
+
+
+def some_stages(stages):
+    mesh = Mesh.build(init_distributed(), pp=4 // (2 if len(stages) < 2 else 1))
+    found = []
+    for _ in range(2):  # the second time nothing is made
+        axis = mesh.between_stages("tied", stages)
+        if axis is not None:
+            tensor = torch.tensor([2.0 ** dist.get_rank()])
+            axis.all_reduce(tensor).wait()
+            found.append((axis.ranks, axis.rank, tensor.item()))
+    made = len(mesh._made)
+    control = mesh.control_axis()
+    votes = torch.empty(4, dtype=torch.int64)
+    control.all_gather_into(votes, torch.tensor([dist.get_rank()])).wait()
+    mesh.destroy()
+    dist.barrier()
+    return found, made, votes.tolist()
+
+
+def test_an_axis_of_some_stages(ranks, hostile):
+    results = ranks(4, some_stages, [0, 3], hostile=hostile)
+    assert [found for found, _, _ in results] == [[((0, 3), 0, 9.0)] * 2, [], [], [((0, 3), 1, 9.0)] * 2]
+    assert [made for _, made, _ in results] == [1, 0, 0, 1]
+    assert all(votes == [0, 1, 2, 3] for _, _, votes in results)
+    results = ranks(4, some_stages, [1], hostile=hostile)
+    assert [found for found, _, _ in results] == [[], [], [((2,), 0, 4.0)] * 2, [((3,), 0, 8.0)] * 2]

@@ -15,6 +15,7 @@ EXEMPT: dict[tuple[str, str, str], str] = {
     ("function-parameters", "deepcore/optim/schedules/one_cycle.py", "OneCycle.__init__"): "DeepSpeed fixes the names",
     ("function-parameters", "deepcore/optim/muon.py", "Muon.__init__"): "DeepSpeed and torch.optim.Muon fix the names",
     ("function-parameters", "deepcore/zero/init.py", "*"): "DeepSpeed fixes the signature, and each is refused by name",
+    ("function-parameters", "deepcore/parallel/pipeline/module.py", "*"): "DeepSpeed fixes the names and their order",
     ("function-parameters", "deepcore/front_door.py", "initialize"): "DeepSpeed fixes the signature and its order",
 }
 

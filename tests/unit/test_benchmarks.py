@@ -64,6 +64,14 @@ def test_a_whole_step_runs_beside_its_peers() -> None:
     assert {name: len(times) for name, times in first.items()} == dict.fromkeys(arguments["names"], 2)
 
 
+def test_a_pipeline_runs_beside_what_its_bubble_allows() -> None:
+    names = ["deepcore", "deepcore/zbv", "allowed", "torch"]
+    first, _ = run_ranks(
+        2, "benchmarks.bench_pipeline:compete", {"names": names, "quick": True, "rounds": 1}, timeout=120
+    )
+    assert {name: len(times) for name, times in first.items()} == dict.fromkeys(names, 1)
+
+
 def test_peak_memory_is_measured_above_a_base() -> None:
     arguments = {"name": "deepcore/2", "dtype": "fp32", "quick": True}
     assert run_ranks(2, "benchmarks.bench_memory:peak", arguments, timeout=120)[0] > 1
@@ -78,4 +86,4 @@ def test_an_import_is_timed_in_a_process_of_its_own() -> None:
 
 
 def test_every_subject_is_covered_here() -> None:
-    assert set(subjects()) == {*CASES, "step", "memory", "initialize", "import"}
+    assert set(subjects()) == {*CASES, "pipeline", "step", "memory", "initialize", "import"}

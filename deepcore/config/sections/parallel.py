@@ -64,9 +64,15 @@ class TensorParallel(Section):
 class Pipeline(Section):
     """``pipeline``: used with a pipeline module."""
 
-    activation_checkpoint_interval: Count = Field(default=0, description="Layers between checkpoints; 0: none.")
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zero_bubble", "zbv"] = Field(
+        default="1f1b", description="The order of forwards and backwards on a stage."
+    )
+    stages_per_rank: Positive | None = Field(
+        default=None, description="Stages that each rank holds; unset: what the schedule needs."
+    )
+    activation_checkpoint_interval: Count = Field(default=0, description="Layers between checkpoints; 0: the module's.")
     pipe_partitioned: bool = Field(
         default=True, description="Cut activations over the tensor-parallel axis in transit."
     )
     grad_partitioned: bool = Field(default=True, description="Cut gradients over the tensor-parallel axis in transit.")
-    use_reentrant: bool = Field(default=True, description="The kind of activation checkpointing.")
+    use_reentrant: bool = Field(default=False, description="The older kind of activation checkpointing.")

@@ -1,0 +1,86 @@
+"""Owns what a step has to agree on with ranks that hold other parameters: shared gradients, the norm, finiteness.
+
+Knows nothing of the ranks that hold other shards of the same parameters: a ZeRO strategy agrees with those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepcore.comm.mesh import Axis
+from deepcore.sharding.arena import ShardArena
+from deepcore.sharding.statistics import GradientStatistics
+
+
+class Agreement:
+    """That of a rank which holds all parameters, or shards of all: there is nothing to agree on.
+
+    Attributes:
+        names: of all parameters, where there are others than the arena's; an offender is an index into them.
+    """
+
+    names: Sequence[str] = ()
+
+    def sum_shared(self) -> None:
+        """Add up reduced gradients of parameters that other such ranks hold too. Collective."""
+
+    def complete(self, statistics: GradientStatistics) -> GradientStatistics:
+        """Those of this rank's parameters, made those of all. Collective."""
+        return statistics
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A module that several stages hold.
+
+    Attributes:
+        axis: of the ranks that hold the same shards of it.
+        groups: numbers, in the arena, of the groups that its parameters have for themselves.
+        params: int64, indices of its parameters in ``arena.names``.
+    """
+
+    axis: Axis
+    groups: Sequence[int]
+    params: torch.Tensor
+
+
+class StageAgreement(Agreement):
+    """That of a stage with the others of its pipeline: one small all-reduce, and one per tied group."""
+
+    def __init__(self, axis: Axis, arena: ShardArena, ties: Sequence[Tie], names: Sequence[str], first: int) -> None:
+        """``first`` is the index, in ``names``, of the arena's first parameter."""
+        self._axis, self._arena, self._ties, self._first = axis, arena, ties, first
+        self.names = names
+
+    def sum_shared(self) -> None:
+        works = [tie.axis.all_reduce(self._arena.grads[group]) for tie in self._ties for group in tie.groups]
+        for work in works:
+            work.wait()
+
+    def complete(self, statistics: GradientStatistics) -> GradientStatistics:
+        """Vector: the sum of squares, then per stage 1 + the index of its first bad parameter, or 0."""
+        vector = torch.zeros(1 + self._axis.size, dtype=torch.float64, device=self._arena.device)
+        vector[0:1] = statistics.squares
+        own = 1 + self._axis.rank
+        vector[own : own + 1] = torch.where(statistics.bad > 0, statistics.offender + self._first + 1, 0.0)
+        total = self._axis.all_reduce(vector)
+        self._share_use()
+        total.wait()
+        offenders = vector[1:]
+        bad = offenders > 0
+        first = torch.where(bad, offenders, float("inf")).min().reshape(1) - 1
+        any_bad = bad.any().reshape(1)
+        return GradientStatistics(vector[:1], any_bad.float(), torch.where(any_bad, first, -1.0))
+
+    def _share_use(self) -> None:
+        """A tied parameter that any stage used is updated by all."""
+        flags = [(tie, self._arena.usage[tie.params]) for tie in self._ties]
+        works = [tie.axis.all_reduce(used, op="max") for tie, used in flags]
+        for work, (tie, used) in zip(works, flags, strict=True):
+            work.wait()
+            self._arena.usage[tie.params] = used
+        if flags:
+            self._arena.activate()
