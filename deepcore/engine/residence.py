@@ -39,7 +39,7 @@ def homes_from(settings: Settings, device: torch.device, *, speaks: bool) -> Hom
     """
     zero = settings.zero_optimization
     state, shards = zero.offload_optimizer, zero.offload_param
-    if state.device == shards.device == "none":
+    if state.device == shards.device == "none" or device.type == "meta":  # a plan counts bytes, wherever they will live
         return None
     on_drive = "nvme" in (state.device, shards.device)  # what updates shards in a file is there too
     if not host.is_apart(device) and not on_drive:
@@ -181,8 +181,10 @@ class Residence:
             )
 
     def release(self) -> None:
-        """Give back what outlives tensors. Nothing may be in flight."""
-        self._strategy.arena.release()
+        """Let go of everything but the module's weights. Nothing may be in flight."""
+        if self._core is not None:
+            self._core.optimizer.release()
+        self._strategy.release()
 
 
 STATES = ("optim_states", "hp_params", "lp_params", "lp_grads", "contiguous_grad_buffer")

@@ -217,6 +217,10 @@ class ClientOptimizer(Optimizer):
     def hide_state(self) -> None:
         """Nothing to hide: the client owns its state, and nobody else views it."""
 
+    def release(self) -> None:
+        """The engine is no more: let go of what it kept; the client's own state and masters stay the client's."""
+        self._arena.release()
+
     def show_state(self) -> None:
         """Nothing to put back."""
 

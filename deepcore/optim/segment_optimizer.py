@@ -164,6 +164,13 @@ class SegmentOptimizer(Optimizer, ABC):
         for param in self._places:
             self.state.pop(param, None)
 
+    def release(self) -> None:
+        """The engine is no more: let go of what it kept for this optimizer."""
+        self.hide_state()
+        self._places = {}
+        if self._arena is not None:
+            self._arena.release()
+
     def show_state(self) -> None:
         """Put them back."""
         self._expose_state()

@@ -187,7 +187,9 @@ class ShardArena(UpdateArena):
             torch.index_select(self.usage, 0, params_of, out=batch.active)
 
     def release(self) -> None:
-        """Give back what outlives tensors."""
+        super().release()
+        for tensors in (self.masters, self.grads, self.copies):
+            tensors.clear()
 
     def nbytes(self) -> int:
         """Bytes that this rank holds for training beyond the model's own weights; an aliased master is free."""

@@ -184,6 +184,7 @@ class FiledArena(TiledArena):
 
     def release(self) -> None:
         super().release()
+        self._ring.clear()
         self._store.close()
 
 

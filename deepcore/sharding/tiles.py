@@ -202,6 +202,9 @@ class TiledArena(ShardArena):
 
     def release(self) -> None:
         self.settle()
+        super().release()
+        self._twins.clear()
+        self._shards = _Inbox(self)
         self._homes.release()
 
 

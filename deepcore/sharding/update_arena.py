@@ -89,6 +89,13 @@ class UpdateArena:
     def deliver(self) -> None:
         """Bring what the update wrote to where the weights are published from. Collective likewise."""
 
+    def release(self) -> None:
+        """Let go of all memory; nothing is updated any more."""
+        for batch in self.batches:
+            for tensors in (batch.params, batch.grads, batch.copies):
+                tensors.clear()
+            batch.states.clear()
+
     def allocate_state(self, names: Sequence[str], family: str = "") -> None:
         """Make one zeroed fp32 tensor per master for each name of optimizer state of a family."""
         for batch in self.batches:

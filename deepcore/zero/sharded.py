@@ -157,5 +157,10 @@ class ShardedGradients(ZeroStrategy):
     def remove_need(self, module: torch.nn.Module, param: torch.Tensor) -> None:
         """Nothing to undo."""
 
+    def release(self) -> None:
+        super().release()
+        self._held = []
+        self._reducer.buffers.release()
+
     def release_buffers(self) -> None:
         self._reducer.buffers.release()

@@ -148,6 +148,10 @@ class Stage0(ZeroStrategy):
         for total in self._sums:
             total.clear()
 
+    def release(self) -> None:
+        super().release()
+        self._sums.clear()
+
     def window_gradient(self, number: int, index: int) -> WindowGradient:
         total, current = self._sums[number], self._current[number]
         slot = total.group.layout.slots[index]

@@ -104,6 +104,10 @@ class ZeroStrategy(ABC):
         """Bytes of whole local gradients that a window of ``num_passes`` backward passes keeps between them."""
         return 0
 
+    def release(self) -> None:
+        """The engine is no more: let go of all memory but the module's own weights."""
+        self.arena.release()
+
     def materialize(self) -> AbstractContextManager[None]:
         """All full weights in the module inside, on every rank. Collective where weights are sharded."""
         return nullcontext()

@@ -78,10 +78,11 @@ def train_with(
             engine.backward(engine(*data(step, rank, micro)))
             engine.step()
         applied.append(engine.was_step_applied())
+    numel = state_numel(optimizer)
     engine.destroy()  # which leaves whole weights behind at every stage
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     away = not engine.strategy.arena.is_local
-    return {"weights": weights, "applied": applied, "state": state_numel(optimizer), "away": away}
+    return {"weights": weights, "applied": applied, "state": numel, "away": away}
 
 
 def state_numel(optimizer: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -97,3 +99,20 @@ def test_on_a_cpu_nothing_moves_and_rules_hold() -> None:
         with pytest.raises(UsageError, match=words):
             engine.offload_states(include, device)
     engine.destroy()
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (2, True), (3, True)])
+def test_destroy_frees_all_but_the_weights(stage: int, bf16: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    config = {**Case(stage=stage, world=1, bf16=bf16).config(), "train_micro_batch_size_per_gpu": 1}
+    engine, optimizer, *_ = deepcore.initialize(model=model, config=config)
+    arena = engine.strategy.arena
+    engine.backward(engine(torch.ones(1, 64, dtype=next(model.parameters()).dtype)).float().sum())
+    engine.step()
+    kept = [weakref.ref(t) for t in (*arena.grads, *optimizer.state_tensors())]
+    kept += [weakref.ref(master) for master in arena.masters if bf16]
+    assert kept
+    engine.destroy()
+    gc.collect()
+    assert [reference for reference in kept if reference() is not None] == []
+    assert model(torch.ones(1, 64, dtype=next(model.parameters()).dtype)).shape == (1, 64)

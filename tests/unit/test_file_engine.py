@@ -19,6 +19,7 @@ import deepcore
 from deepcore.errors import BuildError, ConfigError, StorageError
 from deepcore.ops import build, file_engine
 from deepcore.ops.file_engine import FileEngine, PythonFileEngine, make_engine
+from deepcore.plan.memory import plan_memory
 from deepcore.sharding import filed
 from deepcore.sharding.file_store import FileStore, aligned_buffer
 
@@ -121,7 +122,8 @@ def test_without_a_compiler_python_threads_serve_and_say_so(
     file_engine.log._warned.discard("file engine")
     for _ in range(2):
         assert isinstance(make_engine(1, 4096), PythonFileEngine)
-    assert [record.message for record in caplog.records if "Python threads" in record.message].__len__() == 1
+    said = {id(record) for record in caplog.records if "Python threads" in record.message}
+    assert len(said) == 1
 
 
 # --- under an engine ----------------------------------------------------------------------------------------------
@@ -234,3 +236,8 @@ def test_a_ring_of_two_and_tiles_that_bypass_the_page_cache(tmp_path: Path) -> N
     step(engine)
     assert torch.equal(torch.cat([param.detach().flatten() for param in model.parameters()]), expected)
     engine.destroy()
+
+
+def test_a_plan_counts_offloaded_bytes_and_makes_no_file() -> None:
+    model = torch.nn.Linear(64, 64)
+    assert plan_memory(model, config(Path("/nowhere")), world_size=1) == plan_memory(model, config(None), world_size=1)
