@@ -84,10 +84,10 @@ $(VENV)/train.stamp: $(SPEC) $(VENV)/torch.stamp
 	$(call install,jit$(,)examples)
 
 $(VENV)/test.stamp: $(VENV)/train.stamp
-	$(call install,jit$(,)examples$(,)test)
+	$(call install,jit$(,)examples$(,)test$(,)models)
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
-	$(call install,jit$(,)examples$(,)test$(,)lint)
+	$(call install,jit$(,)examples$(,)test$(,)models$(,)lint)
 
 , := ,
 

@@ -28,10 +28,11 @@ from deepcore.engine.trainability import LateThaws, note_room_for_frozen
 from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
 from deepcore.parallel.sequence.binding import bind
+from deepcore.parallel.sequence.tiling import Tiled
 from deepcore.precision.casts import ForwardCasts
 from deepcore.precision.scaler import LossScaler
 from deepcore.sharding.update_arena import UpdateArena
-from deepcore.zero.holdings import Holdings
+from deepcore.zero.holdings import Holdings, add_external
 from deepcore.zero.hooks import keep_in_fp32
 from deepcore.zero.stage3 import Stage3
 from deepcore.zero.stages import REPLICATED
@@ -97,6 +98,7 @@ def build_parts(
     require_stage(model, settings.zero_optimization.stage)
     require_same_model(model, axis)
     bind(model, mesh.sp)
+    _note_reads(model)
     grouping = Grouper(model, policy, axis, settings).group(chosen, shared.apart)
     if world.rank == 0:
         note_room_for_frozen(grouping.held)
@@ -125,6 +127,14 @@ def build_parts(
 def _mesh(world: World, settings: Settings) -> Mesh:
     separate = settings.zero_optimization.stage == 3
     return Mesh.build(world, sp=settings.sequence_parallel_size, separate_reductions=separate)
+
+
+def _note_reads(model: torch.nn.Module) -> None:
+    """A tiled computation names its parameters when it is called, before the modules inside are."""
+    for module in model.modules():
+        if isinstance(module, Tiled):
+            for param in module.parameters():
+                add_external(module, param)
 
 
 def _num_replicas(mesh: Mesh, settings: Settings) -> int:

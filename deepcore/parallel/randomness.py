@@ -52,3 +52,20 @@ def _mixed(*numbers: int) -> int:
     """63 bits in which every bit of every number counts."""
     text = ",".join(str(number) for number in numbers).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def state_of(device: torch.device) -> torch.Tensor:
+    """Where torch's generator of ``device`` stands, for ``replayed``."""
+    return _generator(device).get_state()
+
+
+@contextmanager
+def replayed(device: torch.device, state: torch.Tensor) -> Iterator[None]:
+    """Numbers inside are those that followed ``state``; afterwards the generator goes on as if nothing had been."""
+    generator = _generator(device)
+    before = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(before)

@@ -30,13 +30,12 @@ class Block(nn.Module):
         self.mix = nn.Linear(WIDTH, sum(self.heads) * self.width, bias=False)
         self.attention = sequence.DistributedAttention(attend, scatter_idx=2, gather_idx=1)
         self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.inner = nn.Linear(WIDTH, 2 * WIDTH)
-        self.outer = nn.Linear(2 * WIDTH, WIDTH)
+        self.mlp: nn.Module = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(self.norm(x)).unflatten(2, (-1, self.width)).split(self.heads, dim=2)
         x = x + self.out(self.attention(*mixed).flatten(2))
-        return x + self.outer(torch.tanh(self.inner(x)))
+        return x + self.mlp(x)
 
 
 class Reader(nn.Module):
@@ -56,6 +55,27 @@ class Reader(nn.Module):
         x = self.blocks[0](x)
         x = checkpoint(self.blocks[1], x, use_reentrant=False)
         return self.head(self.blocks[2](x))
+
+
+class TiledReader(Reader):
+    """The same with tiled MLPs, and a tiled loss in place of logits: three tiles, which do not divide the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.mlp = sequence.TiledMLP(block.mlp, num_tiles=3)
+        self.loss = sequence.TiledCrossEntropy(self.head, num_tiles=3)
+        self.head = nn.Identity()
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, shift_labels: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        return self.loss(super().forward(input_ids, position_ids), shift_labels, sequence.axis_of(self))
+
+    @staticmethod
+    def plain_name(name: str) -> str:
+        """The name of a tensor in ``Reader``."""
+        return name.replace("mlp.mlp.", "mlp.").replace("loss.head.", "head.")
 
 
 def build(seed: int) -> Reader:

@@ -13,7 +13,7 @@ import deepcore
 from deepcore import sequence
 from deepcore.optim import FusedAdam
 from tests.dist.pool import run_ranks
-from tests.parity.reader import batch, build
+from tests.parity.reader import TiledReader, batch, build
 from tests.parity.reference import Weights, worst_difference
 from tests.parity.selection import in_turns
 
@@ -108,6 +108,21 @@ def reference(case: Case) -> dict[str, Any]:
     return {"weights": weights, "norms": norms, "losses": losses}
 
 
+def train_tiled(case: Case) -> Weights:
+    torch.manual_seed(100 + torch.distributed.get_rank())
+    engine, *_ = deepcore.initialize(model=TiledReader(), config=case.config())
+    for step in range(STEPS):
+        for micro in range(case.accumulation):
+            part = sequence.shard_batch(batch(step, engine.mesh.dp.rank, micro), engine.mesh.sp)
+            engine.backward(engine(**part))
+            engine.step()
+    state = engine.module_state_dict()
+    with torch.no_grad():
+        assert torch.isfinite(engine(**part))
+    engine.destroy()
+    return {TiledReader.plain_name(name): value for name, value in state.items()}
+
+
 FULL = [
     Case(stage, dp, sp, accumulation=1 + (stage + sp + dp) % 2, clip=0.3 if (stage + dp) % 2 else 0.0)
     for stage, (dp, sp) in itertools.product(range(4), [(1, 2), (2, 2), (1, 4), (1, 3)])
@@ -167,3 +182,12 @@ def test_fp16_scales_the_loss_of_parts_alike(stage: int) -> None:
     difference, name = worst_difference(results[0]["weights"], reference(case)["weights"])
     assert difference <= 1e-2, f"{name} differs by {difference}"
     assert worst_difference(results[1]["weights"], results[0]["weights"])[0] == 0.0
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.nightly), 2, 3])
+def test_tiles_of_a_part_equal_the_whole(stage: int) -> None:
+    case = Case(stage, 1, 2, accumulation=2, clip=0.3)
+    expected = reference(case)["weights"]
+    for weights in run_ranks(2, train_tiled, case, hostile=True):
+        difference, name = worst_difference(weights, expected)
+        assert difference <= 1e-6, f"{name} differs by {difference}"

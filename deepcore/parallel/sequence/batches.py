@@ -15,7 +15,10 @@ from torch.nn.functional import pad
 from deepcore.comm.mesh import Axis
 from deepcore.errors import LayoutError, UsageError
 
-TOKENS = ("input_ids", "labels", "shift_labels", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
+TOKENS = (
+    *("input_ids", "inputs_embeds", "labels", "shift_labels", "targets"),
+    *("attention_mask", "position_ids", "token_type_ids"),
+)
 
 
 class SequenceLoader:
@@ -60,15 +63,17 @@ def shard_batch(
     A length that does not divide by the ranks is padded, with tokens whose label is ``ignore_index``. Added are
 
     - ``position_ids``, unless given;
-    - ``shift_labels`` from ``labels``, where ``causal``: each token's label is the next token's, across the cut;
-    - ``attention_mask`` where not ``causal`` and padding was needed;
-    - ``num_items_in_batch``: the tokens that count, of all ranks, by the number of ranks. transformers divides by it,
-      and the mean over ranks is then the mean over tokens.
+    - where ``causal``, ``shift_labels`` from ``labels``: each token's label is the next token's, across the cut.
+      ``labels`` itself is then all ``ignore_index``: it makes a model of transformers compute a loss, and one that
+      would shift it by itself gets nan for a wrong loss. ``num_items_in_batch`` is the number of tokens that count, of
+      all ranks, by the number of ranks: such a model divides by it, and the mean over ranks is the mean over tokens;
+    - else ``targets`` in place of ``labels``, for ``cross_entropy``: not every model divides a masked loss by a count,
+      and the mean over a part would be silently wrong. ``attention_mask``, where padding was needed.
 
     Args:
         batch: tensors by name; ``input_ids`` or ``inputs_embeds`` is among them.
         axis: the ranks that share the sequence, ``engine.mesh.sp``.
-        causal: ``labels`` are the input, to be shifted; else they stand beside the tokens that they belong to.
+        causal: ``labels`` are the input, to be shifted; else they lie beside the tokens that they belong to.
         ignore_index: the label of tokens that do not count.
         pad_token_id: what sequences are padded with.
         tokens: further names that hold one entry per token.
@@ -87,16 +92,23 @@ def shard_batch(
     surplus = -length % axis.size
     if surplus and not causal and "attention_mask" not in made:
         made["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.int64, device=first.device)
-    if causal and "labels" in names & made.keys() and "shift_labels" not in made:
-        made["shift_labels"] = pad(made["labels"][:, 1:], (0, 1), value=ignore_index)
-    counted = made.get("shift_labels", made.get("labels"))
-    if counted is not None and "labels" not in whole:
-        made["num_items_in_batch"] = (counted != ignore_index).sum() / axis.size
-    fills = {"input_ids": pad_token_id, "labels": ignore_index, "shift_labels": ignore_index}
+    if "labels" in names & made.keys():
+        _place_labels(made, causal, ignore_index, axis)
+    fills = {"input_ids": pad_token_id, **dict.fromkeys(("labels", "shift_labels", "targets"), ignore_index)}
     for name in names & made.keys():
         filled = _filled(name, made[name], surplus, fills.get(name, 0))
         made[name] = filled.chunk(axis.size, 1)[axis.rank].contiguous()
     return made
+
+
+def _place_labels(batch: dict[str, Any], causal: bool, ignore_index: int, axis: Axis) -> None:
+    labels = batch.pop("labels")
+    if not causal:
+        batch["targets"] = labels
+        return
+    shifted = batch.setdefault("shift_labels", pad(labels[:, 1:], (0, 1), value=ignore_index))
+    batch["labels"] = torch.full_like(labels, ignore_index)
+    batch["num_items_in_batch"] = (shifted != ignore_index).sum() / axis.size
 
 
 def _filled(name: str, tensor: Tensor, surplus: int, value: int) -> Tensor:
