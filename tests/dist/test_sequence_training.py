@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import deepcore
+from benchmarks import bench_sequence
 from deepcore import sequence
 from deepcore.errors import UsageError
 from tests.dist.pool import RankFailedError, run_ranks
@@ -101,6 +102,13 @@ def bound_and_unbound() -> list[bool]:
     attempt(model)
     dist.barrier()
     return refused
+
+
+def test_four_ranks_hold_a_quarter_of_the_activations() -> None:
+    whole, *_ = run_ranks(1, bench_sequence.measure, 1024, 1)
+    parts = run_ranks(4, bench_sequence.measure, 1024, 1)
+    assert len(set(parts)) == 1
+    assert parts[0] <= 0.35 * whole
 
 
 def sequence_inputs() -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from benchmarks import bench_import
 from benchmarks.__main__ import subjects
 from benchmarks.harness import LIMIT, OURS, Options, Result
+from benchmarks.live_bytes import LiveBytes
 from benchmarks.ranks import run_ranks
 
 QUICK = Options(quick=True, threads=(1,), rounds=1)
@@ -77,6 +78,20 @@ def test_peak_memory_is_measured_above_a_base() -> None:
     assert run_ranks(2, "benchmarks.bench_memory:peak", arguments, timeout=120)[0] > 1
 
 
+def test_live_bytes_are_those_of_storages_that_live() -> None:
+    before = torch.ones(1000)
+    with LiveBytes() as live:
+        views = [before[:10], before.add_(1)]
+        assert (live.now, live.peak) == (0, 0)
+        made = torch.cat([before, before])
+        more = [made[:5], made.view(2, 1000)]
+        del made
+        assert (live.now, live.peak) == (8000, 8000)
+        more.clear()
+        torch.zeros(500)
+    assert (live.now, live.peak, len(views)) == (0, 8000, 2)
+
+
 def test_getting_ready_to_train_runs() -> None:
     assert run_ranks(1, "benchmarks.bench_initialize:prepare", {"name": OURS, "quick": True}, timeout=120)[0] > 0
 
@@ -86,4 +101,4 @@ def test_an_import_is_timed_in_a_process_of_its_own() -> None:
 
 
 def test_every_subject_is_covered_here() -> None:
-    assert set(subjects()) == {*CASES, "pipeline", "step", "memory", "initialize", "import"}
+    assert set(subjects()) == {*CASES, "pipeline", "step", "memory", "initialize", "import", "sequence"}
