@@ -13,6 +13,7 @@ import torch
 from deepcore.config import load
 from deepcore.engine.parity import LIMIT_FP32, LIMIT_LOW, BatchOf, LossOf, SliceBySlice, VerifyReport, compare
 from deepcore.engine.regime import policy_from
+from deepcore.errors import ConfigError
 from deepcore.front_door import initialize
 
 
@@ -43,6 +44,14 @@ def verify(
     ours, reference_model = model_fn(), model_fn()
     reference_model.load_state_dict(ours.state_dict())
     engine, *_ = initialize(model=ours, config=load(config))
+    if engine.sp_world_size > 1:
+        engine.destroy()
+        raise ConfigError(
+            "verify compares data-parallel layouts",
+            got=f"sequence_parallel_size = {engine.sp_world_size}: a batch is cut, and only its user knows how",
+            expected="sequence_parallel_size 1",
+            do="remove it for the comparison; docs/sequence.md shows how its losses are compared",
+        )
     reference_model.to(engine.device)
     reference = SliceBySlice(reference_model, engine.settings, loss_of)
     policy = policy_from(engine.settings)

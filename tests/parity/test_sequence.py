@@ -184,6 +184,29 @@ def test_fp16_scales_the_loss_of_parts_alike(stage: int) -> None:
     assert worst_difference(results[1]["weights"], results[0]["weights"])[0] == 0.0
 
 
+def train_counted(case: Case) -> Weights:
+    """A window weighted by tokens: every rank gives the sum and the count of its part."""
+    engine, *_ = deepcore.initialize(model=build(100), config=case.config())
+    for step in range(STEPS):
+        for micro in range(case.accumulation):
+            part = sequence.shard_batch(batch(step, engine.mesh.dp.rank, micro), engine.mesh.sp)
+            labels = part["shift_labels"]
+            logits = engine(**part).flatten(0, 1)
+            total = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+            engine.backward(total, num_tokens=(labels != -100).sum())
+            engine.step()
+    weights: Weights = engine.module_state_dict()
+    engine.destroy()
+    return weights
+
+
+def test_a_window_weighted_by_tokens_counts_those_of_all_parts() -> None:
+    case = Case(1, 2, 2, over_samples=True, clip=0.3)
+    for weights in run_ranks(4, train_counted, case):
+        difference, name = worst_difference(weights, reference(case)["weights"])
+        assert difference <= 1e-6, f"{name} differs by {difference}"
+
+
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.nightly), 2, 3])
 def test_tiles_of_a_part_equal_the_whole(stage: int) -> None:
     case = Case(stage, 1, 2, accumulation=2, clip=0.3)
