@@ -24,10 +24,15 @@ constexpr int kNumIsas = 4;
     namespace avx512 {                      \
     declarations                            \
     }
+#if defined(DEEPCORE_WITHOUT_AVX512)  // a build for one machine, which has none
+#define DEEPCORE_PICK(function) \
+    (::deepcore::active_isa() == ::deepcore::Isa::avx2 ? &avx2::function : &scalar::function)
+#else
 #define DEEPCORE_PICK(function)                                              \
     (::deepcore::active_isa() == ::deepcore::Isa::avx512 ? &avx512::function \
      : ::deepcore::active_isa() == ::deepcore::Isa::avx2 ? &avx2::function   \
                                                          : &scalar::function)
+#endif
 #elif defined(__aarch64__)
 #define DEEPCORE_FOR_EACH_ISA(declarations) \
     namespace neon {                        \
@@ -54,6 +59,9 @@ inline bool isa_supported(Isa isa) {
     __builtin_cpu_init();
     const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == Isa::avx2) return avx2;
+#if defined(DEEPCORE_WITHOUT_AVX512)
+    if (isa == Isa::avx512) return false;
+#endif
     if (isa == Isa::avx512) {
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -9,14 +9,14 @@ namespace {
 using namespace deepcore;
 using namespace deepcore::binding;
 
-constexpr int64_t kGrain = 32768 / kCastBlock;  // blocks of elements that are worth a thread
-constexpr int64_t kStreamingNumel = 1 << 22;    // beyond this the caches would only hold what nobody reads soon
+constexpr int64_t kCastGrain = 32768 / kCastBlock;  // blocks of elements that are worth a thread
+constexpr int64_t kCastStreamingNumel = 1 << 22;    // beyond this the caches would only hold what nobody reads soon
 
 void cast_(const Tensor& out, const Tensor& source, OptionalTensor seed) {
     CastArgs args = cast_args(out, source, seed, cpu_device());
-    args.streaming = args.numel >= kStreamingNumel;
+    args.streaming = args.numel >= kCastStreamingNumel;
     const auto cast = DEEPCORE_PICK(cast_range);
-    parallel_for((args.numel + kCastBlock - 1) / kCastBlock, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for((args.numel + kCastBlock - 1) / kCastBlock, kCastGrain, [&](int64_t begin, int64_t end) {
         cast(args, begin * kCastBlock, end * kCastBlock < args.numel ? end * kCastBlock : args.numel);
     });
 }

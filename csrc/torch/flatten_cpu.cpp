@@ -9,13 +9,13 @@ namespace {
 using namespace deepcore;
 using namespace deepcore::binding;
 
-constexpr int64_t kGrain = 32768;             // elements that are worth a thread
-constexpr int64_t kStreamingNumel = 1 << 22;  // beyond this the caches would only hold what nobody reads soon
+constexpr int64_t kFlattenGrain = 32768;             // elements that are worth a thread
+constexpr int64_t kFlattenStreamingNumel = 1 << 22;  // beyond this the caches would only hold what nobody reads soon
 
 void start(FlattenCall call) {
-    call.args.streaming = call.numel >= kStreamingNumel;
+    call.args.streaming = call.numel >= kFlattenStreamingNumel;
     const auto copy = DEEPCORE_PICK(flatten_range);
-    parallel_for(call.numel, kGrain, [&](int64_t begin, int64_t end) { copy(call.args, begin, end); });
+    parallel_for(call.numel, kFlattenGrain, [&](int64_t begin, int64_t end) { copy(call.args, begin, end); });
 }
 
 void flatten_(const Tensor& flat, const TensorList& tensors, const Tensor& starts) {

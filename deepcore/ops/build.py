@@ -27,7 +27,7 @@ from deepcore.ops.spec import TORCH_TARGET, LibrarySpec
 from deepcore.ops.toolchain import Compiler, find_ninja
 
 BUILD_SECONDS = {"cpu": 300.0, "cuda": 900.0}  # far beyond any build: a compiler that hangs must not hang training
-_USUAL = {"cpu": "~30 s", "cuda": "~40 s"}
+_USUAL = {"cpu": "~15 s", "cuda": "~40 s"}
 _ERROR_LINES = 4
 _TELLING = re.compile(r"\berror\b|undefined reference|multiple definition|No space left", re.IGNORECASE)
 

@@ -90,7 +90,7 @@ def job(device: str) -> build.Job:
     if device == "cuda":
         library = spec.cuda_library(source_root(), toolchain.gpu_architectures(nvcc, _capabilities(device)))
     else:
-        library = spec.cpu_library(source_root())
+        library = spec.cpu_library(source_root(), avx512=toolchain.has_avx512())
     return build.Job(library, cxx, nvcc, torch.__version__, cache.root())
 
 

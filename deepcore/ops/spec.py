@@ -28,12 +28,10 @@ TORCH_TARGET = (2, 11)  # oldest torch whose stable ABI the bindings ask for
 _TARGET_DEFINE = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
 
 # No contraction: a fused multiply-add rounds once where the reference ops round twice, and results must agree bitwise.
-_HOST_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
+_HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 CPU_FLAGS = (*_HOST_FLAGS, "-fno-trapping-math", _TARGET_DEFINE)
-BINDING_FLAGS = (
-    *CPU_FLAGS,
-    "-O1",
-)  # they check and launch: more would cost a second of compilation each and gain nothing
+BINDING_FLAGS = (*CPU_FLAGS, "-O1")  # they check and launch: more would cost seconds of compilation and gain nothing
+_WITHOUT_AVX512 = "-DDEEPCORE_WITHOUT_AVX512"
 CUDA_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", _TARGET_DEFINE)
 
 # The order is also the link order. An inline function of a shared header that is not inlined exists once per object and
@@ -137,21 +135,29 @@ def file_engine_library(root: Path) -> LibrarySpec:
     return _checked(FileEngineSpec("cpu", root, units, ("-shared", "-pthread")))
 
 
-def cpu_library(root: Path) -> LibrarySpec:
-    """The CPU library of ``root``, with every instruction set that this processor's family has."""
-    sets = INSTRUCTION_SETS.get(platform.machine(), {"scalar": ()})
-    bindings, kernels = [], []
-    for stem in _stems(root):
-        if (root / f"torch/{stem}_cpu.cpp").is_file():
-            bindings.append(Unit(f"torch/{stem}_cpu.cpp", f"torch_{stem}.o", BINDING_FLAGS))
-        if (root / f"{stem}/{stem}_cpu.cpp").is_file():
-            kernels.append(stem)
+def cpu_library(root: Path, *, avx512: bool = True) -> LibrarySpec:
+    """The CPU library of ``root``, with every instruction set that this processor's family has.
+
+    Without ``avx512`` it has no such variant: a third less to compile for a machine that could not run it.
+    """
+    sets = dict(INSTRUCTION_SETS.get(platform.machine(), {"scalar": ()}))
+    without = () if avx512 or sets.pop("avx512", None) is None else (_WITHOUT_AVX512,)
+    kernels = [stem for stem in _stems(root) if (root / f"{stem}/{stem}_cpu.cpp").is_file()]
     objects = [
-        Unit(f"{stem}/{stem}_cpu.cpp", f"{stem}_{isa}.o", (*CPU_FLAGS, *flags, f"-DDEEPCORE_ISA={isa}"))
+        Unit(f"{stem}/{stem}_cpu.cpp", f"{stem}_{isa}.o", (*CPU_FLAGS, *without, *flags, f"-DDEEPCORE_ISA={isa}"))
         for isa, flags in sets.items()
         for stem in kernels
     ]
-    return _checked(LibrarySpec("cpu", root, (*bindings, *objects), _LINK_FLAGS["cpu"]))
+    return _checked(LibrarySpec("cpu", root, (*_bindings(root, without), *objects), _LINK_FLAGS["cpu"]))
+
+
+def _bindings(root: Path, flags: tuple[str, ...]) -> list[Unit]:
+    """All bindings as one object: torch's headers, which are nearly all of the work, are read once."""
+    first, *others = [
+        f"torch/{stem}_cpu.cpp" for stem in _stems(root) if (root / f"torch/{stem}_cpu.cpp").is_file()
+    ] or [""]
+    included = tuple(word for source in others for word in ("-include", source))
+    return [Unit(first, "bindings.o", (*BINDING_FLAGS, *flags, *included))] if first else []
 
 
 def cuda_library(root: Path, architectures: tuple[str, ...]) -> LibrarySpec:

@@ -79,6 +79,16 @@ def find_cxx() -> Compiler | None:
     return None
 
 
+def has_avx512(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's processor may run AVX-512; True also where the system does not say."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        return True
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), None)
+    return flags is None or {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags)
+
+
 def find_nvcc() -> Compiler | None:
     """nvcc: under ``CUDA_HOME`` or ``CUDA_PATH``, else on PATH, else in /usr/local/cuda; None where there is none."""
     homes = [home for home in (env.text("CUDA_HOME"), env.text("CUDA_PATH")) if home]

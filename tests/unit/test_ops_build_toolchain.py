@@ -199,3 +199,28 @@ def test_a_prebuilt_library_that_does_not_fit_says_why(native: Path, monkeypatch
     assert "incomplete or altered" in prebuilt.misfit(native, "2.13.0")
     shutil.rmtree(native)
     assert "no prebuilt library" in prebuilt.misfit(native, "2.13.0")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512bw avx512dq avx512vl\n", True),
+        ("flags\t\t: fpu avx2 avx512f\n", False),
+        ("Features\t: fp asimd\n", True),
+    ],
+)
+def test_a_machine_without_avx512_is_told_by_its_flags(tmp_path: Path, text: str, expected: bool) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + text)
+    assert toolchain.has_avx512(tmp_path / "cpuinfo") is expected
+    assert toolchain.has_avx512(tmp_path / "absent")
+
+
+def test_a_library_without_avx512_compiles_no_such_object() -> None:
+    root = Path(__file__).resolve().parents[2] / "csrc"
+    every, fewer = spec.cpu_library(root), spec.cpu_library(root, avx512=False)
+    assert every.digest != fewer.digest
+    if platform.machine() == "x86_64":
+        assert {unit.output for unit in every.units} - {unit.output for unit in fewer.units} == {
+            unit.output for unit in every.units if "avx512" in unit.output
+        }
+        assert all("-DDEEPCORE_WITHOUT_AVX512" in unit.flags for unit in fewer.units)
