@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepcore import checkpointing as checkpointing
     from deepcore import comm as comm
     from deepcore import pipe as pipe
     from deepcore import sequence as sequence
@@ -34,7 +35,7 @@ _HOMES = {
     "RepeatingLoader": "deepcore.engine.data",
     "verify": "deepcore.verification",
 }
-_SUBPACKAGES = ("comm", "config", "errors", "ops", "optim", "pipe", "sequence", "zero")
+_SUBPACKAGES = ("checkpointing", "comm", "config", "errors", "ops", "optim", "pipe", "sequence", "zero")
 
 __all__ = ["__version__", *_HOMES, *_SUBPACKAGES]
 

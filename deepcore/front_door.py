@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deepcore import ops
+from deepcore import checkpointing, ops
 from deepcore.comm.setup import init_distributed
 from deepcore.config import Settings, load, parse
 from deepcore.config.mesh_param import with_mesh
@@ -80,6 +80,8 @@ def initialize(
         engine, base_optimizer = build_engine(model, optimizer, model_parameters, world, settings)
     engine.config = raw
     engine.lr_scheduler = _make_scheduler(lr_scheduler, settings, engine.optimizer, base_optimizer)
+    if "activation_checkpointing" in raw:
+        checkpointing.apply(settings.activation_checkpointing)
     if training_data is not None:
         engine.training_dataloader = build_dataloader(
             training_data,

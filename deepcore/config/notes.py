@@ -107,7 +107,7 @@ IDLE: dict[str, _Idle] = {
     "aio.overlap_events": _always("no effect: requests are submitted by threads"),
     "compile.": _without_deepcompile,
     "pipeline.": _always("used with a pipeline module only"),
-    "activation_checkpointing.": _always("used by the checkpointing module only"),
+    "activation_checkpointing.": _always("used by deepcore.checkpointing.checkpoint only"),
 }
 
 

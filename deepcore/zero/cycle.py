@@ -30,18 +30,28 @@ class GatherCycle:
         self._prefetch_numel = prefetch_numel
         self._uniform = uniform
         self._sequence: list[int] = []
+        self._everything: list[int] = []  # what a further cycle of the pass goes through
         self._position = 0
         self._ahead: deque[Unit] = deque()  # launched for this rank and not used yet
         self._keep_skipped = False
 
     def begin(self, sequence: Sequence[int], *, keep_skipped: bool) -> None:
-        """Start a pass. Units that are full between passes are left out, on every rank alike.
+        """Start a pass. Units that are full already are left out, on every rank alike.
+
+        In a backward only their first use is: reentrant checkpointing may free a unit and come back to it.
 
         Args:
             sequence: unit indices, in the order agreed.
             keep_skipped: units that ran before stay full when they are passed over (a backward comes back to them).
         """
-        self._sequence = [index for index in sequence if not self._units[index].is_held]
+        self._everything = [index for index in sequence if not self._units[index].pinned]
+        held = {index for index in self._everything if self._units[index].is_held}
+        self._sequence = []
+        for index in self._everything:
+            if index not in held:
+                self._sequence.append(index)
+            elif keep_skipped:
+                held.discard(index)
         self._position = 0
         self._keep_skipped = keep_skipped
 
@@ -64,7 +74,7 @@ class GatherCycle:
         if place is None:
             self._finish()
             self._vote(unit)
-            self._position = 0
+            self._again()
             place = self._find(unit)
             assert place is not None, "every unit is in the sequence"
         while self._position <= place:
@@ -131,5 +141,9 @@ class GatherCycle:
         """End the pass: join what is left, and further cycles as long as any rank needs one."""
         self._finish()
         while not self._uniform and self._axis.vote(False, what=_ANOTHER):
-            self._position = 0
+            self._again()
             self._finish()
+
+    def _again(self) -> None:
+        """Begin a further cycle, of all units: what was full when the pass began may not be any more."""
+        self._sequence, self._position = self._everything, 0

@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(("config", "comm", "ops"), 1),
     **dict.fromkeys(("sharding", "precision", "optim"), 2),
     **dict.fromkeys(("zero", "parallel", "checkpoint", "generate"), 3),
-    **dict.fromkeys(("engine", "monitor", "pipe", "sequence", "tensor"), 4),
+    **dict.fromkeys(("engine", "monitor", "pipe", "sequence", "tensor", "checkpointing"), 4),
     **dict.fromkeys(("front_door", "plan"), 5),
     "verification": 6,
     "cli": 7,

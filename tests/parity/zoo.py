@@ -43,6 +43,32 @@ class Checkpointed(nn.Module):
         return x
 
 
+class Recomputed(nn.Module):
+    """Checkpoints inside a checkpoint, frozen parts, a block recomputed twice, and a weight that two of them share."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.last = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.last.weight = self.first.weight
+        self.blocks[0].requires_grad_(False)
+        self.blocks[2].inner.requires_grad_(False)
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self._again(self._pair, self.first(x))
+        for index in (2, 3, 2):
+            x = self._again(self.blocks[index], x)
+        return self._again(self.last, x).square().mean()
+
+    def _pair(self, x: torch.Tensor) -> torch.Tensor:
+        return self._again(self.blocks[1], self._again(self.blocks[0], x))
+
+    def _again(self, run: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(run, x, use_reentrant=self.reentrant)
+
+
 class Repeated(nn.Module):
     """One block called several times, not in a row, and another after it."""
 
@@ -165,6 +191,8 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "checkpoint pairs": lambda: Checkpointed(reentrant=False, span=2),
     "checkpoint reentrant": lambda: Checkpointed(reentrant=True, span=1),
     "checkpoint reentrant pairs": lambda: Checkpointed(reentrant=True, span=2),
+    "recomputed": lambda: Recomputed(reentrant=False),
+    "recomputed reentrant": lambda: Recomputed(reentrant=True),
     "repeated": Repeated,
     "adapters": Adapters,
     "nested": Nested,
