@@ -16,6 +16,7 @@ from deepcore.config import Settings, load, parse
 from deepcore.config.mesh_param import with_mesh
 from deepcore.engine.assemble import build_engine
 from deepcore.engine.assemble_pipeline import build_pipeline_engine
+from deepcore.engine.compilation import compiled_in_place
 from deepcore.engine.data import build_dataloader
 from deepcore.engine.engine import Engine
 from deepcore.engine.pipeline import PipelineEngine
@@ -44,7 +45,7 @@ def initialize(
     Args:
         args: a namespace whose ``deepspeed_config`` (or ``deepcore_config``) may name the config file.
         model: the ``torch.nn.Module`` to train; its parameters stay the same objects. A ``PipelineModule`` makes it
-            a ``PipelineEngine``.
+            a ``PipelineEngine``; of what ``torch.compile(module)`` wrapped, the module, compiled in place, is trained.
         optimizer: an optimizer, or a callable from parameters to one; else the config's.
         model_parameters: parameters or param_group dicts to optimize; else all that are trainable.
         training_data: a dataset, for which a loader is built.
@@ -64,7 +65,7 @@ def initialize(
         ConfigError: an argument or the config cannot be honoured.
         CommError: the process group cannot be formed, or ranks hold different models.
     """
-    model = _require_model(model)
+    model = compiled_in_place(_require_model(model))
     raw = load(config, config_params=config_params, args=args)
 
     world = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)

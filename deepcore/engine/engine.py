@@ -18,6 +18,7 @@ from deepcore.comm.setup import World
 from deepcore.config import Settings
 from deepcore.engine import restoring, saving
 from deepcore.engine.clock import Clock
+from deepcore.engine.compilation import CompiledBlocks, restore_blocks
 from deepcore.engine.core import TrainCore, no_gradients, require_loss
 from deepcore.engine.progress import StepPrinter
 from deepcore.engine.readings import Readings
@@ -33,7 +34,7 @@ from deepcore.zero.gather import load_weights
 from deepcore.zero.strategy import ZeroStrategy
 
 
-class Engine(Readings):
+class Engine(CompiledBlocks, Readings):
     """Trains ``module`` as the config says: ``loss = engine(batch); engine.backward(loss); engine.step()``.
 
     An ``nn.Module`` around the model; attributes that it does not have are looked up in the model.
@@ -75,6 +76,7 @@ class Engine(Readings):
         self.training_dataloader: Any = None
         self._printer = StepPrinter(settings.steps_per_print, world.rank, world.device, settings.wall_clock_breakdown)
         self._destroyed = False
+        self._compiled = []
         self._holdings: holdings.Holdings | None = None
         self._backward_since_step = False
         self._closed_window = False  # whether the last step() was at a boundary
@@ -215,6 +217,7 @@ class Engine(Readings):
             self.core.clear()
             self.core.kill("engine.destroy() was called")
         self.strategy.detach()
+        restore_blocks(self._compiled)
         unbind(self.module, self.mesh.sp)
         self.residence.release()
         self.mesh.destroy()

@@ -180,6 +180,15 @@ class PipelineEngine(Readings):
         """Refused: ``train_batch`` steps."""
         raise _refused("step")
 
+    def compile(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it would compile a call that nobody makes."""
+        raise UsageError(
+            "the pipeline engine does not have compile()",
+            got="engine.compile()",
+            expected="layers that were compiled one by one",
+            do="call compile() on layers of the PipelineModule before initialize()",
+        )
+
     def full_step(self) -> NoReturn:
         """What ``optimizer.step()`` does under this engine."""
         raise _refused("optimizer.step")

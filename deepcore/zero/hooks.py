@@ -5,6 +5,7 @@ Knows nothing of what is done with a complete group.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -132,9 +133,12 @@ class GradientHooks:
 def watch_modules(modules: Iterable[torch.nn.Module], watcher: ModuleWatcher) -> list[RemovableHandle]:
     """Tell ``watcher`` of calls of the modules, of their backward, and of the gradients of their inputs."""
     handles = []
+    enter, leave = _entering(watcher), _leaving(watcher)
+    if "torch._dynamo" in sys.modules:  # the user may have compiled a module: collectives are nothing to trace
+        enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
     for module in modules:
-        handles.append(module.register_forward_pre_hook(_entering(watcher), with_kwargs=True, prepend=True))
-        handles.append(module.register_forward_hook(_leaving(watcher), with_kwargs=True, always_call=True))
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
     return handles
 
 
