@@ -206,7 +206,7 @@ class SegmentOptimizer(Optimizer, ABC):
                 continue
             with self._arena.at_hand(batch, keep=True):
                 run = _elements(batch.states[key][segment.tensor], segment)
-                run.copy_(value[done : done + segment.numel])
+                run.copy_(value.reshape(-1)[done : done + segment.numel])
             done += segment.numel
 
     def reset_state(self, param: torch.Tensor) -> None:
