@@ -5,7 +5,7 @@ Knows nothing of how it was configured (``front_door``) or of how a step is made
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,14 @@ from deepcore.base.log import logger
 from deepcore.comm.mesh import Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings
-from deepcore.engine import restoring, saving
+from deepcore.engine import saving
 from deepcore.engine.clock import Clock
 from deepcore.engine.compilation import CompiledBlocks, restore_blocks
 from deepcore.engine.core import TrainCore, no_gradients, require_loss
+from deepcore.engine.persistence import Persistent
 from deepcore.engine.progress import StepPrinter
-from deepcore.engine.readings import Readings
 from deepcore.engine.report import exhausted_scale, skip_message
 from deepcore.engine.residence import Residence, require_kinds
-from deepcore.engine.restoring import LoadOptions
 from deepcore.errors import UsageError
 from deepcore.parallel.randomness import forked
 from deepcore.parallel.sequence.binding import unbind
@@ -34,7 +33,7 @@ from deepcore.zero.gather import load_weights
 from deepcore.zero.strategy import ZeroStrategy
 
 
-class Engine(CompiledBlocks, Readings):
+class Engine(CompiledBlocks, Persistent):
     """Trains ``module`` as the config says: ``loss = engine(batch); engine.backward(loss); engine.step()``.
 
     An ``nn.Module`` around the model; attributes that it does not have are looked up in the model.
@@ -231,65 +230,6 @@ class Engine(CompiledBlocks, Readings):
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write everything that a run needs to go on, into ``save_dir/tag``. Collective.
-
-        Any later engine loads it, whatever its ranks, stage and precision. It appears whole or not at all.
-
-        Args:
-            save_dir: folder that all ranks share.
-            tag: its name there; ``global_step<N>`` unless given.
-            client_state: whatever else is to be kept: numbers, strings, tensors, and lists, tuples, sets and dicts.
-            save_latest: let ``load_checkpoint`` find it without a tag.
-            exclude_frozen_parameters: leave those out.
-
-        Raises:
-            CheckpointError: on every rank, if any could not write. What was there before still is.
-        """
-        saving.save(
-            self, save_dir, tag, client_state, save_latest=save_latest, exclude_frozen=exclude_frozen_parameters
-        )
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Callable[[Mapping[str, Any], torch.nn.Module], Any] | None = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Take over the state in ``load_dir/tag``, or in what ``latest`` names. Collective.
-
-        Args:
-            load_dir: what ``save_checkpoint`` was given.
-            tag: which of its checkpoints.
-            load_module_strict: require the same names of parameters and buffers on both sides.
-            load_optimizer_states: False leaves the optimizer's state as it is.
-            load_lr_scheduler_states: False leaves the schedule where it is.
-            load_module_only: only parameters and buffers.
-            custom_load_fn: called with (whole state dict, module), loads the weights in its way.
-
-        Returns:
-            (folder of the checkpoint, client state); (None, None) where there is none at all and no tag was given.
-
-        Raises:
-            CheckpointError: on every rank: what was asked for is missing, damaged, or of another model or optimizer.
-        """
-        options = LoadOptions(
-            load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
-        )
-        return restoring.load(self, load_dir, tag, options)
-
     def save_16bit_model(
         self, save_dir: str | Path, save_filename: str = "model.safetensors", exclude_frozen_parameters: bool = False
     ) -> bool:
@@ -301,23 +241,9 @@ class Engine(CompiledBlocks, Readings):
         saving.save_weights(self, save_dir, save_filename, exclude_frozen=exclude_frozen_parameters)
         return True
 
-    def prepare_to_save(self) -> None:
-        """Account for the last step, and let masters follow weights that were written by hand."""
-        self._settle()
-        with torch.no_grad():
-            self.strategy.watch.absorb()
-
-    def begin_load(self) -> None:
-        """Drop the open window; nothing trains until ``finish_load``."""
-        self._settle()
-        if self.core is not None:
-            self.core.begin_load()
-
     def finish_load(self) -> None:
-        """The state is whole again."""
-        if self.core is not None:
-            self.core.finish_load()
-        self._backward_since_step = self._closed_window = self._stepped_by_optimizer = False
+        super().finish_load()
+        self._backward_since_step = self._stepped_by_optimizer = False
 
     # --- weights from outside -------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from deepcore.optim.client import ClientOptimizer
 from deepcore.zero.holdings import Held
 
 if TYPE_CHECKING:
-    from deepcore.engine.engine import Engine
+    from deepcore.engine.persistence import Persistent
 
 Entries = Mapping[str, Any]
 _ADAMS = {"FusedAdam", "Adam", "AdamW"}  # keep the same state under the same keys
@@ -35,7 +35,7 @@ class OptimizerRestorer:
         targets: what has to be read between the two.
     """
 
-    def __init__(self, engine: Engine, reader: Reader, renamed: Mapping[str, str]) -> None:
+    def __init__(self, engine: Persistent, reader: Reader, renamed: Mapping[str, str]) -> None:
         self._optimizer, self._reader = engine.optimizer, reader
         self._allow_pickle = engine.settings.checkpoint.allow_pickle
         self._kind = reader.manifest.state["optimizer"]["kind"]
@@ -149,7 +149,7 @@ class OptimizerRestorer:
         )
 
 
-def require_groups(engine: Engine, saved: Sequence[Mapping[str, Any]]) -> None:
+def require_groups(engine: Persistent, saved: Sequence[Mapping[str, Any]]) -> None:
     """Raise where the checkpoint's param_groups cannot be told apart in the optimizer that is there."""
     live = engine.optimizer.param_groups
     if len(live) != len(saved):
@@ -164,7 +164,7 @@ def require_groups(engine: Engine, saved: Sequence[Mapping[str, Any]]) -> None:
         mine = {names.get(engine.optimizer.original(param), "") for param in group["params"]}
         theirs = set(other["params"])
         elsewhere = {name for place, g in enumerate(saved) if place != index for name in g["params"]}
-        if (moved := mine & elsewhere - theirs) and engine.mesh.pp.size == 1:
+        if moved := mine & elsewhere - theirs:
             raise CheckpointError(
                 f"param_group {index} has other parameters than when it was saved",
                 got=f"'{min(moved)}' is in another group in the checkpoint",
@@ -173,7 +173,7 @@ def require_groups(engine: Engine, saved: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def restore_groups(engine: Engine, saved: Mapping[str, Any]) -> None:
+def restore_groups(engine: Persistent, saved: Mapping[str, Any]) -> None:
     """Give each param_group, the same dict as before, its saved hyperparameters; those of its own class only."""
     optimizer = engine.optimizer
     same_kind = type(getattr(optimizer, "client", optimizer)).__name__ == saved["kind"]

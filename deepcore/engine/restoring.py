@@ -29,7 +29,7 @@ from deepcore.errors import CheckpointError
 from deepcore.zero.gather import load_weights
 
 if TYPE_CHECKING:
-    from deepcore.engine.engine import Engine
+    from deepcore.engine.persistence import Persistent
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class LoadOptions:
 
 @torch.no_grad()
 def load(
-    engine: Engine, load_dir: str | Path, tag: str | None, options: LoadOptions
+    engine: Persistent, load_dir: str | Path, tag: str | None, options: LoadOptions
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """``Engine.load_checkpoint``."""
+    """``load_checkpoint`` of any engine."""
     root = require_folder(load_dir, "load_dir")
     world = engine.mesh.world
     reader = together(lambda: _open(engine, root, tag), world, CheckpointError)
@@ -62,6 +62,8 @@ def load(
         logger().warning(f"{root / folders.LATEST} is not there, nor any checkpoint: nothing is loaded from {root}")
         return None, None
     restorer = _Restorer(engine, reader, options)
+    together(restorer.survey, world, CheckpointError)
+    restorer.meet()
     together(restorer.prepare, world, CheckpointError)
     engine.begin_load()
     together(restorer.read, world, CheckpointError)
@@ -72,7 +74,7 @@ def load(
     return str(reader.path), client
 
 
-def _open(engine: Engine, root: Path, tag: str | None) -> Reader | None:
+def _open(engine: Persistent, root: Path, tag: str | None) -> Reader | None:
     if tag is None:
         tag = checkpointer.newest(root)
         if tag is None:
@@ -90,29 +92,45 @@ def _open(engine: Engine, root: Path, tag: str | None) -> Reader | None:
 class _Restorer:
     """One load: ``prepare`` finds out whether it can be done, and changes nothing."""
 
-    def __init__(self, engine: Engine, reader: Reader, options: LoadOptions) -> None:
+    def __init__(self, engine: Persistent, reader: Reader, options: LoadOptions) -> None:
         self._engine, self._reader, self._options = engine, reader, options
         self._state = require_state(reader)
         self._with_optimizer = options.optimizer and not options.module_only and engine.optimizer is not None
-        self._elsewhere: set[str] = set()  # names that other ranks hold
-        if engine.mesh.pp.size > 1:
-            mine = [f.name for f in (*weight_fragments(engine.module), *buffer_fragments(engine.module))]
-            self._elsewhere = {name for names in gather_records(mine, engine.mesh.pp) for name in names}
+        self._wanted: list[Fragment] = []
+        self._renamed: dict[str, str] = {}  # of what is wanted, where the checkpoint has it under another name
+        self._known: set[str] = set()  # names in the checkpoint that this model has, on any stage
         self._targets: list[Fragment] = []
         self._plain: Mapping[str, Any] = {}
         self._decoded: dict[str, torch.Tensor] = {}  # tensors of the plain state, 1-D, filled with the rest
         self._optimizer: OptimizerRestorer | None = None
 
+    def survey(self) -> None:
+        """List what is wanted here, and its names in the checkpoint."""
+        module = self._engine.module
+        self._wanted = [*weight_fragments(module), *buffer_fragments(module)]
+        self._renamed = {WEIGHTS + name: WEIGHTS + other for name, other in self._renames().items()}
+        for name in (f.name for f in self._wanted if f.name.startswith(BUFFERS)):
+            other = WEIGHTS + name.removeprefix(BUFFERS)
+            if name not in self._reader.tensors and other in self._reader.tensors:
+                self._renamed[name] = other  # imported from a plain state dict, which does not tell them apart
+
+    def meet(self) -> None:
+        """Learn what the other stages of a pipeline know. Collective."""
+        aliased = (WEIGHTS + name for name in aliases(self._engine.module))
+        told = gather_records(sorted({*self._names_here(), *aliased}), self._engine.mesh.pp)
+        self._known = {name for names in told for name in names}
+
+    def _names_here(self) -> set[str]:
+        """Under which the checkpoint should have what this rank's layers want."""
+        here = {WEIGHTS + name for name, _ in self._engine.module.named_parameters()}
+        here |= {fragment.name for fragment in self._wanted if fragment.name.startswith(BUFFERS)}
+        return {self._renamed.get(name, name) for name in here}
+
     def prepare(self) -> None:
-        engine, module = self._engine, self._engine.module
-        wanted = [*weight_fragments(module), *buffer_fragments(module)]
-        renamed = {WEIGHTS + name: WEIGHTS + other for name, other in self._renames().items()}
-        for name in (f.name for f in wanted if f.name.startswith(BUFFERS) and f.name not in self._reader.tensors):
-            if (other := WEIGHTS + name.removeprefix(BUFFERS)) in self._reader.tensors:
-                renamed[name] = other  # imported from a plain state dict, which does not tell them apart
-        self._require_names({f.name for f in wanted}, renamed)
+        engine, renamed = self._engine, self._renamed
+        self._require_names()
         if self._options.custom is None:
-            for fragment in wanted:
+            for fragment in self._wanted:
                 name = renamed.get(fragment.name, fragment.name)
                 if name in self._reader.tensors:
                     self._targets.append(replace(fragment, name=name))
@@ -144,19 +162,15 @@ class _Restorer:
         found = self._state.get("module", {})
         return found if isinstance(found, dict) else {}
 
-    def _require_names(self, wanted: set[str], renamed: Mapping[str, str]) -> None:
-        """With ``strict``: the checkpoint has all that the model (on all ranks) wants, and nothing else."""
+    def _require_names(self) -> None:
+        """With ``strict``: the checkpoint has all that is wanted here, and nothing that no stage knows."""
         engine = self._engine
-        here = [name for name, _ in engine.module.named_parameters()]
-        all_wanted = {WEIGHTS + name for name in here} | {name for name in wanted if name.startswith(BUFFERS)}
-        all_wanted = {renamed.get(name, name) for name in all_wanted} | self._elsewhere
         have = {name for name in self._reader.tensors if name.startswith((WEIGHTS, BUFFERS))}
-        missing = sorted(all_wanted - have)
+        missing = sorted(self._names_here() - have)
         if self._module_state().get("without_frozen"):
             trains = {WEIGHTS + name for name, param in engine.module.named_parameters() if param.requires_grad}
             missing = [name for name in missing if name in trains or not name.startswith(WEIGHTS)]
-        alias_names = {WEIGHTS + name for name in aliases(engine.module)}
-        unexpected = sorted(have - all_wanted - alias_names)
+        unexpected = sorted(have - self._known)
         if self._options.strict and self._options.custom is None and (missing or unexpected):
             raise CheckpointError(
                 f"{self._reader.path} is of another model",
@@ -180,7 +194,7 @@ class _Restorer:
         decoder = Decoder(self._fetch, allow_pickle=engine.settings.checkpoint.allow_pickle)
         wanted = {key: value for key, value in self._state.items() if key != "ranks"}
         wanted["random"] = None
-        if len(self._state["ranks"]) == engine.world_size:
+        if len(self._state["ranks"]) == engine.world_size and self._state.get("stages", 1) == engine.mesh.pp.size:
             wanted["random"] = self._state["ranks"][engine.global_rank]["random"]
         self._plain = decoder.decode(wanted)
         self._reader.read([*self._targets, *(_target(self._reader, n, flat) for n, flat in self._decoded.items())])
@@ -231,8 +245,8 @@ class _Restorer:
             random_state.restore(state["random"], engine.device)
         elif engine.global_rank == 0 and state["random"] is None:
             logger().info(
-                f"saved by {len(self._state['ranks'])} ranks and loaded by {engine.world_size}: "
-                "each rank keeps its present random state"
+                f"saved by {len(self._state['ranks'])} ranks and loaded by {engine.world_size}, or on other pipeline "
+                "stages: each rank keeps its present random state"
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from deepcore.engine.contents import (
     extra_states,
     weight_fragments,
 )
+from deepcore.engine.stages import of_all_stages
 from deepcore.errors import CheckpointError, UsageError
 from deepcore.zero import gather, holdings
 from deepcore.zero.locate import weights_part
@@ -39,11 +41,12 @@ from deepcore.zero.parts import assemble
 
 if TYPE_CHECKING:
     from deepcore.engine.engine import Engine
+    from deepcore.engine.persistence import Persistent
 
 
 @torch.no_grad()
 def save(
-    engine: Engine,
+    engine: Persistent,
     save_dir: str | Path,
     tag: str | None,
     client_state: Mapping[str, Any] | None,
@@ -51,12 +54,13 @@ def save(
     save_latest: bool,
     exclude_frozen: bool,
 ) -> Path:
-    """``Engine.save_checkpoint``."""
+    """``save_checkpoint`` of any engine."""
     root = require_folder(save_dir, "save_dir")
     engine.prepare_to_save()
     tag = _agreed_tag(engine, require_tag(f"global_step{engine.global_steps}" if tag is None else tag))
     world = engine.mesh.world
     content = together(lambda: contents_of(engine, client_state, exclude_frozen=exclude_frozen), world, CheckpointError)
+    content = replace(content, state=of_all_stages(content.state, engine.mesh.pp))
     section = engine.settings.checkpoint
     options = SaveOptions(
         fsync=section.fsync, latest=save_latest, retention=Retention(section.keep_last, section.keep_every)
@@ -67,7 +71,7 @@ def save(
     return path
 
 
-def _agreed_tag(engine: Engine, tag: str) -> str:
+def _agreed_tag(engine: Persistent, tag: str) -> str:
     """The first rank's tag; what happens where others have another is the config's choice."""
     first, *others = gather_records(tag, engine.mesh.world)
     odd = next((rank for rank, other in enumerate(others, 1) if other != first), None)
@@ -93,16 +97,18 @@ def require_folder(given: Any, name: str) -> Path:
     )
 
 
-def contents_of(engine: Engine, client_state: Mapping[str, Any] | None, *, exclude_frozen: bool) -> Content:
+def contents_of(engine: Persistent, client_state: Mapping[str, Any] | None, *, exclude_frozen: bool) -> Content:
     """Everything that this rank brings to a checkpoint, as views: nothing is copied."""
     section, module = engine.settings.checkpoint, engine.module
     fragments = list(weight_fragments(module, exclude_frozen=exclude_frozen))
     speaks = engine.mesh.zero_axis.rank == 0  # of those that hold the same, for what may differ between them
     if speaks:
-        fragments += buffer_fragments(module)
+        fragments += [f for f in buffer_fragments(module) if engine.saves_here(f.name.removeprefix(BUFFERS))]
     shared = Encoder("state/", allow_pickle=section.allow_pickle)
     state = shared.encode(_state_of(engine, client_state, exclude_frozen), "")
     own = Encoder(f"ranks/{engine.global_rank}/", allow_pickle=section.allow_pickle)
+    extra = {name: owner.get_extra_state() for name, owner in extra_states(module)}
+    state["module"]["extra"] = own.encode(extra, "extra state") if speaks else {}
     mine = own.encode({"random": random_state.capture(engine.device)})
     optimizer = engine.optimizer
     if optimizer is not None:
@@ -115,7 +121,7 @@ def contents_of(engine: Engine, client_state: Mapping[str, Any] | None, *, exclu
     return Content(_require_distinct(fragments), state, mine, _about(engine))
 
 
-def _state_of(engine: Engine, client_state: Mapping[str, Any] | None, exclude_frozen: bool) -> dict[str, Any]:
+def _state_of(engine: Persistent, client_state: Mapping[str, Any] | None, exclude_frozen: bool) -> dict[str, Any]:
     core, loader = engine.core, engine.training_dataloader
     schedule = getattr(engine.lr_scheduler, "state_dict", None)
     if engine.clock.in_window:
@@ -125,6 +131,7 @@ def _state_of(engine: Engine, client_state: Mapping[str, Any] | None, exclude_fr
             "gradients are not saved; a resumed run begins the window again. Save after a step at a boundary.",
         )
     return {
+        "stages": engine.mesh.pp.size,
         "clock": engine.clock.state_dict(),
         "scaler": None if core is None else core.scaler.state_dict(),
         "schedule": schedule() if callable(schedule) else None,
@@ -132,7 +139,6 @@ def _state_of(engine: Engine, client_state: Mapping[str, Any] | None, exclude_fr
         "optimizer": None if core is None else groups_of(engine),
         "module": {
             "aliases": aliases(engine.module),
-            "extra": {name: owner.get_extra_state() for name, owner in extra_states(engine.module)},
             "without_frozen": exclude_frozen,
             "frozen": [name for name, param in engine.module.named_parameters() if not param.requires_grad],
         },
@@ -140,7 +146,7 @@ def _state_of(engine: Engine, client_state: Mapping[str, Any] | None, exclude_fr
     }
 
 
-def groups_of(engine: Engine) -> dict[str, Any]:
+def groups_of(engine: Persistent) -> dict[str, Any]:
     """The optimizer's param_groups: names of parameters, and hyperparameters."""
     optimizer = engine.optimizer
     names = {param: name for name, param in engine.module.named_parameters()}
@@ -155,7 +161,7 @@ def groups_of(engine: Engine) -> dict[str, Any]:
     return {"kind": type(client).__name__, "groups": groups}
 
 
-def _about(engine: Engine) -> dict[str, Any]:
+def _about(engine: Persistent) -> dict[str, Any]:
     return {
         "deepcore": __version__,
         "torch": torch.__version__,

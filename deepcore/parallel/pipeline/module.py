@@ -153,6 +153,11 @@ class PipelineModule(nn.Module):
             return key in self.tied_keys and key not in self.tied_modules
         return head.isdecimal() and int(head) < len(self.layer_specs) and head not in self._modules
 
+    def holds_first(self, name: str) -> bool:
+        """Whether no earlier rank of the pipeline holds ``name``, of a parameter or buffer that is here."""
+        head, _, rest = name.partition(".")
+        return head != "tied_modules" or self.tied_ranks(rest.partition(".")[0])[0] == self.stage_rank
+
     @property
     def tied_keys(self) -> list[str]:
         """All keys, those of other ranks too, in the order of their first layers."""

@@ -1,0 +1,113 @@
+"""Owns the verbs that save and load any engine, and what an engine does before and after.
+
+Knows nothing of what a checkpoint holds (``saving``, ``restoring``) or of how an engine trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepcore.engine import restoring, saving
+from deepcore.engine.readings import Readings
+from deepcore.engine.restoring import LoadOptions
+from deepcore.zero.strategy import ZeroStrategy
+
+
+class Persistent(Readings):
+    """An engine whose state can be saved, and loaded by any other.
+
+    Attributes:
+        module: the model, or those of its layers that are here.
+        strategy: where its weights are.
+        lr_scheduler, training_dataloader: None where there is none.
+    """
+
+    module: torch.nn.Module
+    strategy: ZeroStrategy
+    lr_scheduler: Any
+    training_dataloader: Any
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write everything that a run needs to go on, into ``save_dir/tag``. Collective.
+
+        Any later engine loads it, whatever its ranks, stage and precision. It appears whole or not at all.
+
+        Args:
+            save_dir: folder that all ranks share.
+            tag: its name there; ``global_step<N>`` unless given.
+            client_state: whatever else is to be kept: numbers, strings, tensors, and lists, tuples, sets and dicts.
+            save_latest: let ``load_checkpoint`` find it without a tag.
+            exclude_frozen_parameters: leave those out.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write. What was there before still is.
+        """
+        saving.save(
+            self, save_dir, tag, client_state, save_latest=save_latest, exclude_frozen=exclude_frozen_parameters
+        )
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[[Mapping[str, Any], torch.nn.Module], Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Take over the state in ``load_dir/tag``, or in what ``latest`` names. Collective.
+
+        Args:
+            load_dir: what ``save_checkpoint`` was given.
+            tag: which of its checkpoints.
+            load_module_strict: require the same names of parameters and buffers on both sides.
+            load_optimizer_states: False leaves the optimizer's state as it is.
+            load_lr_scheduler_states: False leaves the schedule where it is.
+            load_module_only: only parameters and buffers.
+            custom_load_fn: called with (whole state dict, module), loads the weights in its way.
+
+        Returns:
+            (folder of the checkpoint, client state); (None, None) where there is none at all and no tag was given.
+
+        Raises:
+            CheckpointError: on every rank: what was asked for is missing, damaged, or of another model or optimizer.
+        """
+        options = LoadOptions(
+            load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
+        )
+        return restoring.load(self, load_dir, tag, options)
+
+    def saves_here(self, name: str) -> bool:
+        """Whether this rank's word counts for a buffer that ranks with other layers may hold too, in their own way."""
+        return True
+
+    def prepare_to_save(self) -> None:
+        """Account for the last step, and let masters follow weights that were written by hand."""
+        self._settle()
+        with torch.no_grad():
+            self.strategy.watch.absorb()
+
+    def begin_load(self) -> None:
+        """Drop the open window; nothing trains until ``finish_load``."""
+        self._settle()
+        if self.core is not None:
+            self.core.begin_load()
+
+    def finish_load(self) -> None:
+        """The state is whole again."""
+        if self.core is not None:
+            self.core.finish_load()
+        self._closed_window = False
