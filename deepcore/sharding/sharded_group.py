@@ -186,12 +186,27 @@ class ShardedGroup(FlatGroup):
         place = self._begin + int((~same).nonzero()[0]) // self.full.element_size()
         return next((slot.name for slot in self.layout.slots if slot.start <= place < slot.end), None)
 
-    def _require_untouched(self) -> None:
+    def drop_writes(self) -> str | None:
+        """SHARDED only: undo writes to parameters that are away; the name of the first one, or None."""
+        name = self._first_touched()
+        if name is not None:
+            for param in self.params:
+                param.data = torch.empty(0, dtype=self.key.dtype, device=self.key.device)
+            self._versions = [param._version for param in self.params]
+        return name
+
+    def _first_touched(self) -> str | None:
         for name, param, version in zip(self.names, self.params, self._versions, strict=True):
             if param._version != version or (param.numel() and param.data.untyped_storage().nbytes()):
-                raise UsageError(
-                    f"parameter '{name}' was written while it was sharded",
-                    got=f"a tensor of shape {tuple(param.shape)} in its place, which the next gather would overwrite",
-                    expected="writes while its full weights are there",
-                    do="change it inside deepcore.zero.GatheredParameters([...], modifier_rank=0)",
-                )
+                return name
+        return None
+
+    def _require_untouched(self) -> None:
+        name = self._first_touched()
+        if name is not None:
+            raise UsageError(
+                f"parameter '{name}' was written while it was sharded",
+                got="a write to a tensor that holds no weights now, which the next gather would overwrite",
+                expected="writes while its full weights are there",
+                do="change it inside deepcore.zero.GatheredParameters([...], modifier_rank=0)",
+            )

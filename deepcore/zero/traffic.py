@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from deepcore.base.log import logger
 from deepcore.comm.mesh import Axis
 from deepcore.errors import UsageError
 from deepcore.zero.cycle import GatherCycle
@@ -183,9 +184,13 @@ class UnitTraffic:
             unit.forget()
 
     def restore(self) -> None:
-        """All weights full for good, on every rank: the modules work without this."""
+        """All weights full for good, on every rank: the modules work without this. Refused writes are lost."""
         for unit in self.units:
             if unit.is_sharded:
+                for name in filter(None, [group.drop_writes() for group in unit.groups]):
+                    logger().warning(
+                        f"a write to parameter '{name}' while it was sharded is lost: it has its own weights"
+                    )
                 unit.launch(self._axis)
             unit.finish()
 

@@ -214,3 +214,15 @@ def refusals() -> None:
 
 def test_what_compile_refuses(ranks: Any) -> None:
     ranks(1, refusals)
+
+
+def refused_on_cut_sequences() -> None:
+    config = {"train_micro_batch_size_per_gpu": 1, "sequence_parallel_size": 2, "optimizer": {"type": "AdamW"}}
+    engine = deepcore.initialize(model=Net(), config=config)[0]
+    with pytest.raises(UsageError, match="sequence_parallel_size=2"):
+        engine.compile("eager")
+    engine.destroy()
+
+
+def test_compile_refuses_cut_sequences(ranks: Any) -> None:
+    ranks(2, refused_on_cut_sequences)

@@ -175,6 +175,8 @@ def test_the_verbs_of_other_engines_are_refused() -> None:
     for verb in [*refusals, engine.optimizer.step]:
         with pytest.raises(UsageError, match="use eval_batch"):
             verb()
+    with pytest.raises(UsageError, match=r"does not have compile\(\)"):
+        engine.compile()
 
 
 def test_data_that_cannot_be_a_step() -> None:
