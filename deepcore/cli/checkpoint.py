@@ -30,7 +30,9 @@ def add_parser(subparsers: SubParsers) -> None:
     verify = actions.add_parser("verify", help="read every byte and check it")
     diff = actions.add_parser("diff", help="compare two checkpoints tensor by tensor; exit code 1 if they differ")
     export = actions.add_parser("export", help="write the model as safetensors files for transformers and others")
-    fetch = actions.add_parser("import", help="make a checkpoint of torch.save's, safetensors or DCP's files")
+    fetch = actions.add_parser(
+        "import", help="make a checkpoint of DeepSpeed's, torch.save's, safetensors or DCP's files"
+    )
     for action in (inspect, verify, export):
         _add_source(action, "checkpoint")
     inspect.add_argument("--json", action="store_true", help="print the manifest's summary as JSON")
@@ -41,9 +43,11 @@ def add_parser(subparsers: SubParsers) -> None:
     export.add_argument("--dtype", choices=_DTYPES, default="keep", help="of floating-point tensors (default: keep)")
     export.add_argument("--max-shard-size", type=_nbytes, default="5GB", help="of a file (default: 5GB)")
     export.add_argument("--exclude-frozen", action="store_true", help="leave frozen parameters out")
-    fetch.add_argument("source", type=Path, help="a DCP folder, or a file or folder of weights")
+    fetch.add_argument("source", type=Path, help="a DeepSpeed or DCP folder, or a file or folder of weights")
     fetch.add_argument("out", type=Path, help="the folder that load_checkpoint() will get")
-    fetch.add_argument("--tag", help="name of what is made (default: by its steps)")
+    fetch.add_argument(
+        "--tag", help="name of what is made (default: by its steps); in DeepSpeed's folder, also which one"
+    )
 
 
 def _add_source(parser: argparse.ArgumentParser, name: str) -> None:

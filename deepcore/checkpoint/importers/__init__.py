@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepcore.checkpoint.importers import dcp, plain
+from deepcore.checkpoint.importers import dcp, deepspeed, plain
 from deepcore.checkpoint.importers.imported import Imported, write
 from deepcore.errors import CheckpointError
 
@@ -20,6 +20,8 @@ def convert(source: Path, out: Path, tag: str | None = None) -> Path:
 
 def read(source: Path, tag: str | None = None) -> Imported:
     """What ``source`` holds."""
+    if deepspeed.recognises(source):
+        return deepspeed.read(source, tag)
     if dcp.recognises(source):
         return dcp.read(source, tag)
     if plain.recognises(source):
@@ -27,6 +29,6 @@ def read(source: Path, tag: str | None = None) -> Imported:
     raise CheckpointError(
         f"{source} is nothing that can be imported",
         got="a folder" if source.is_dir() else "a file" if source.exists() else "nothing there",
-        expected="a DCP folder, or weights in .safetensors, .bin, .pt or .pth",
+        expected="DeepSpeed's folder of checkpoints, a DCP folder, or weights in .safetensors, .bin, .pt or .pth",
         do="check the path; a deepcore checkpoint needs no import",
     )

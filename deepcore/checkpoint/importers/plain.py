@@ -20,6 +20,8 @@ from deepcore.errors import CheckpointError
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _FILES = ("model.safetensors", "pytorch_model.bin")
+# What torch's loader raises, besides, where bytes are damaged: it takes the stream for well-formed.
+_DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OSError)
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
 
@@ -55,12 +57,11 @@ def read(source: Path, tag: str | None) -> Imported:
             aliases.update({name: other for name, other in metadata.items() if other in found})
         else:
             weights.update(_state_dict(load_safely(path), path))
-    return Imported(f"weights of {source.name}", *_untied(weights, aliases))
+    kept, aliases = untied(weights, aliases)
+    return Imported(f"weights of {source.name}", kept, aliases=aliases)
 
 
-def _untied(
-    weights: dict[str, torch.Tensor], aliases: dict[str, str]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, str]]:
+def untied(weights: dict[str, torch.Tensor], aliases: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Each storage under its first name, the others as aliases."""
     first: dict[tuple[Any, ...], str] = {}
     kept = {}
@@ -70,7 +71,7 @@ def _untied(
             kept[name] = value
         else:
             aliases[name] = first[place]
-    return kept, {}, aliases
+    return kept, aliases
 
 
 def load_safely(source: Path | BinaryIO, stubs: Mapping[str, Any] | None = None, what: Path | None = None) -> Any:
@@ -87,7 +88,7 @@ def load_safely(source: Path | BinaryIO, stubs: Mapping[str, Any] | None = None,
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+    except (pickle.UnpicklingError, *_DAMAGE) as error:
         raise CheckpointError(
             f"{what or source} cannot be read safely",
             got=str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__,
