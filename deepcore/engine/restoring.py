@@ -223,9 +223,12 @@ class _Restorer:
         state = state_dict(self._reader)
         with self._engine.strategy.materialize():
             custom(state, self._engine.module)
-            changed = {name: value.detach().clone() for name, value in self._engine.module.state_dict().items()}
+            after = self._engine.module.state_dict().items()
+            changed = {name: value.detach().clone() for name, value in after if isinstance(value, torch.Tensor)}
+            others = {name: value for name, value in after if name not in changed}  # modules' states of another kind
         exact = {name: state.get(name, value) for name, value in changed.items()}
         taken = {n: exact[n] if torch.equal(exact[n].to(v.dtype), v) else v for n, v in changed.items()}
+        taken.update(others)
         load_weights(self._engine.module, self._engine.strategy, taken, strict=True)
 
     def _restore_rest(self, state: Mapping[str, Any]) -> None:

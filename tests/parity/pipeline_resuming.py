@@ -6,6 +6,7 @@ All layouts see the same micro-batches, numbered over replicas, so that a run ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,12 @@ from torch import nn
 
 import deepcore
 from deepcore import zero as access
-from deepcore.errors import DeepcoreError
+from deepcore.errors import DeepcoreError, UsageError
 from deepcore.pipe import LayerSpec, PipelineModule
+from tests.parity.resuming import STATES
 from tests.parity.stages import SEED, VOCABULARY, WIDTH, Pipe, Row, batch, loss_fn, specs
 
 BEFORE, AFTER = 3, 3  # steps
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Odd(nn.Module):
@@ -97,10 +98,11 @@ def everything(engine: Any) -> dict[str, torch.Tensor]:
         master = access.safe_get_full_fp32_param(param)
         found[name] = param.detach().clone() if master is None else master.clone()
         if param.requires_grad:
-            for key in MOMENTS:
-                value = access.safe_get_full_optimizer_state(param, key)
-                assert value is not None
-                found[f"{name} {key}"] = value.clone()
+            for key in STATES:
+                with suppress(UsageError):  # another optimizer's key
+                    value = access.safe_get_full_optimizer_state(param, key)
+                    found[f"{name} {key}"] = torch.tensor(float("-inf")) if value is None else value.clone()
+            assert f"{name} step" in found or f"{name} momentum_buffer" in found
     found.update({name: value.clone() for name, value in engine.module.named_buffers()})
     found.update({f"{name} calls": m.calls for name, m in engine.module.named_modules() if isinstance(m, Odd)})
     found["lr"] = torch.tensor(engine.get_lr(), dtype=torch.float64)
@@ -167,6 +169,26 @@ def resume_loader(folder: Path) -> tuple[list[float], list[float]]:
     found = [float(engine.train_batch()) for _ in range(5)]
     engine.destroy()
     return expected, found
+
+
+def bring_plain(folder: Path) -> list[dict[str, Any]]:
+    """This rank's layers after loading weights that were never a pipeline's: strictly, and by the user's function."""
+    engine = start(Case(Pipe(2)))
+    engine.load_checkpoint(folder)
+    found = [engine.module_state_dict()]
+    run(Case(Pipe(2)), engine, 0, 1)
+    seen: dict[str, Any] = {}
+
+    def take(state: Any, module: nn.Module) -> None:
+        seen.update(state)
+        module.load_state_dict(
+            {name: value for name, value in state.items() if name in module.state_dict()}, strict=False
+        )
+
+    engine.load_checkpoint(folder, load_module_only=True, custom_load_fn=take)
+    found += [engine.module_state_dict(), seen]
+    engine.destroy()
+    return found
 
 
 def refusals(folder: Path) -> dict[str, Any]:

@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from deepcore.checkpoint.importers import convert
 from tests.dist.pool import run_ranks
-from tests.parity.pipeline_resuming import Case, refusals, resume_each, resume_loader, save
-from tests.parity.stages import Pipe
+from tests.parity.pipeline_resuming import Case, bring_plain, refusals, resume_each, resume_loader, save
+from tests.parity.stages import Pipe, Row
 
 ALONE = Case(Pipe(1), rate=0.0, alone=True)
+
+
+def optimizer(kind: str, pp: int, dp: int) -> Case:
+    """With state that is not Adam's, on shards where there are replicas."""
+    section = {"type": kind, "params": {"lr": 0.01}}
+    return Case(Pipe(pp, dp, micro=4 // dp, stage=dp, extra={"optimizer": section}))
+
+
 REPLICAS = Case(Pipe(2, 2, micro=2, stage=2, bf16=True))
 OFTEN = {
     "2 stages": (Case(Pipe(2, stage=1)), [Case(Pipe(2, stage=1)), Case(Pipe(1, 2, micro=2, stage=2)), Case(Pipe(1))]),
@@ -24,6 +33,8 @@ NIGHTLY = {
     "to 2 x 2": (Case(Pipe(1, fp16=True)), [Case(Pipe(2, 2, micro=2, stage=1, fp16=True))]),
     "4 stages": (Case(Pipe(4, schedule="zbv")), [Case(Pipe(2, schedule="zbv")), Case(Pipe(3, schedule="gpipe"))]),
     "3 replicas": (Case(Pipe(1, 3, micro=2, stage=2)), [Case(Pipe(3, micro=6)), Case(Pipe(2, micro=6))]),
+    "muon": (optimizer("Muon", 2, 1), [optimizer("Muon", 2, 1), optimizer("Muon", 1, 2)]),
+    "adamax": (optimizer("Adamax", 2, 1), [optimizer("Adamax", 2, 1), optimizer("Adamax", 1, 2)]),
 }
 ROWS = {**OFTEN, **NIGHTLY}
 
@@ -55,6 +66,22 @@ def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
 def test_the_loader_goes_on_where_it_was(tmp_path: Path) -> None:
     for expected, found in run_ranks(2, resume_loader, tmp_path):
         assert found == expected
+
+
+def test_weights_from_elsewhere_reach_their_stages(tmp_path: Path) -> None:
+    row = Row(Case(Pipe(1)).layers())
+    plain = {name: value + 1 for name, value in row.state_dict().items() if isinstance(value, torch.Tensor)}
+    plain["7.other.weight"] = plain["7.one.weight"]
+    torch.save(plain, tmp_path / "plain.pt")
+    convert(tmp_path / "plain.pt", tmp_path / "out")
+    reached = set()
+    for strictly, custom, seen in run_ranks(2, bring_plain, tmp_path / "out"):
+        assert seen.keys() == plain.keys()
+        for state in (strictly, custom):
+            tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+            assert all(torch.equal(value, plain[name]) for name, value in tensors.items())
+            reached |= tensors.keys()
+    assert reached == plain.keys()
 
 
 def test_what_cannot_be_is_an_error_on_every_rank(tmp_path: Path) -> None:
