@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from deepcore.base.log import logger
 from deepcore.comm.mesh import Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings
@@ -22,7 +21,6 @@ from deepcore.engine.compilation import CompiledBlocks, restore_blocks
 from deepcore.engine.core import TrainCore, no_gradients, require_loss
 from deepcore.engine.persistence import Persistent
 from deepcore.engine.progress import StepPrinter
-from deepcore.engine.report import exhausted_scale, skip_message
 from deepcore.engine.residence import Residence, require_kinds
 from deepcore.errors import UsageError
 from deepcore.parallel.randomness import forked
@@ -169,28 +167,6 @@ class Engine(CompiledBlocks, Persistent):
             core.optimizer_step()
         self._backward_since_step, self._closed_window = False, True
         self._after_step()
-
-    def _after_step(self) -> None:
-        if self.device.type != "cuda":  # there a read would wait for the device; the next step or read settles
-            self._settle()
-        if self._printer.due(self.clock.global_steps):
-            self._settle()
-            self._printer.line(self.clock, self.get_lr(), self.get_global_grad_norm())
-
-    def _settle(self) -> None:
-        """Account for the last step: the schedule moves only if it was applied."""
-        report = self.core.settle() if self.core is not None else None
-        if report is None or self.core is None:
-            return
-        self.core.optimizer.overflow = not report.applied
-        if report.applied:
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
-            return
-        if self.global_rank == 0:
-            logger().warning(skip_message(report, self.clock.global_steps))
-        if self.core.scaler.exhausted(report.loss_scale, report.hysteresis):
-            raise exhausted_scale(report)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the current window."""

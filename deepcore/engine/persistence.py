@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from deepcore.engine import restoring, saving
-from deepcore.engine.readings import Readings
+from deepcore.engine.accounting import Accounting
 from deepcore.engine.restoring import LoadOptions
 from deepcore.zero.strategy import ZeroStrategy
 
 
-class Persistent(Readings):
+class Persistent(Accounting):
     """An engine whose state can be saved, and loaded by any other.
 
     Attributes:

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from deepcore.base.log import logger
 from deepcore.comm.mesh import Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings
@@ -20,7 +19,6 @@ from deepcore.engine.core import TrainCore, require_loss, split_divisor
 from deepcore.engine.microbatches import MicroBatches
 from deepcore.engine.persistence import Persistent
 from deepcore.engine.progress import StepPrinter
-from deepcore.engine.report import exhausted_scale, skip_message
 from deepcore.engine.stepping import Gate
 from deepcore.errors import ConfigError, UsageError
 from deepcore.parallel.pipeline.chunk import Feed
@@ -240,26 +238,7 @@ class PipelineEngine(Persistent):
             self._settle()
             core.optimizer_step()
         self._closed_window = True
-        if self.device.type != "cuda":  # there a read would wait for the device; the next step or read settles
-            self._settle()
-        if self._printer.due(self.clock.global_steps):
-            self._settle()
-            self._printer.line(self.clock, self.get_lr(), self.get_global_grad_norm())
-
-    def _settle(self) -> None:
-        """Account for the last step: the schedule moves only if it was applied."""
-        report = self.core.settle() if self.core is not None else None
-        if report is None or self.core is None:
-            return
-        self.core.optimizer.overflow = not report.applied
-        if report.applied:
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
-            return
-        if self.global_rank == 0:
-            logger().warning(skip_message(report, self.clock.global_steps))
-        if self.core.scaler.exhausted(report.loss_scale, report.hysteresis):
-            raise exhausted_scale(report)
+        self._after_step()
 
     def _mean(self, losses: list[torch.Tensor], num_micro: int) -> torch.Tensor:
         """The mean over micro-batches and replicas, fp32, on every rank; summed in fp64."""
