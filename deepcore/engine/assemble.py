@@ -5,7 +5,7 @@ Knows nothing of arguments and files, which ``front_door`` has resolved by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,7 @@ def build_engine(
 ) -> tuple[Engine, torch.optim.Optimizer | None]:
     """The engine, and the base optimizer that a callable lr_scheduler receives."""
     mesh = _mesh(world, settings)
+    model.to(world.device)
     parts = build_parts(model, client, model_parameters, world, mesh, settings)
     engine = Engine(model, parts.strategy, parts.core, parts.clock, world, mesh, settings, parts.casts)
     bind_optimizer(parts, engine.full_step, replicate=settings.zero_optimization.replicate_optimizer)
@@ -81,20 +82,19 @@ def build_parts(
     settings: Settings,
     shared: SharedModules | None = None,
 ) -> Parts:
-    """Place the model, group its parameters and make what trains them.
+    """Group the parameters of a model that is on its device, and make what trains them.
 
     Args:
         shared: modules that ranks with other parameters hold too.
     """
     shared = shared or SharedModules()
-    model.to(world.device)
     policy = policy_from(settings)
     casts = ForwardCasts(policy.inputs, policy.autocast, world.device.type)
-    wanted = collect_groups(model, model_parameters)
     names: dict[torch.Tensor, str] = {param: name for name, param in model.named_parameters()}
+    wanted = collect_groups(names, model_parameters)
     optimizer, base = make_optimizer(client, settings.optimizer, wanted, names)
     axis = mesh.zero_axis
-    chosen = _chosen(model, optimizer)
+    chosen = _chosen(names, optimizer)
     require_stage(model, settings.zero_optimization.stage)
     require_same_model(model, axis)
     bind(model, mesh.sp)
@@ -162,10 +162,10 @@ def _checks_finite(settings: Settings) -> bool:
     return not settings.bf16.enabled or settings.bf16.check_grad_overflow
 
 
-def _chosen(model: torch.nn.Module, optimizer: EngineOptimizer | None) -> set[torch.nn.Parameter]:
+def _chosen(names: Mapping[torch.Tensor, str], optimizer: EngineOptimizer | None) -> set[torch.nn.Parameter]:
     if optimizer is None:
         return set()
-    require_ours(model, optimizer.param_groups)
+    require_ours(names, optimizer.param_groups)
     return {param for group in optimizer.param_groups for param in group["params"]}
 
 

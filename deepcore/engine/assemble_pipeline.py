@@ -37,6 +37,7 @@ def build_pipeline_engine(
         _require_loss(model)
         _require_trainable(model, mesh.control_axis())
     shared = _tied(model, mesh)
+    model.to(world.device)
     parts = build_parts(model, client, given, world, mesh, settings, shared)
     if parts.core is not None and mesh.pp.size > 1:
         arena = parts.strategy.arena

@@ -93,7 +93,8 @@ class SliceBySlice:
         if policy.master is not None:
             holder.to(policy.master)
         self._masters = [param for param in holder.parameters() if param.requires_grad]
-        optimizer, base = make_optimizer(None, settings.optimizer, collect_groups(holder, None), _names_of(holder))
+        names = _names_of(holder)
+        optimizer, base = make_optimizer(None, settings.optimizer, collect_groups(names, None), names)
         assert optimizer is not None
         self._optimizer = base or optimizer
         self._scheduler = None

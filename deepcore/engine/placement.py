@@ -66,9 +66,10 @@ def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 def cast_rest(module: torch.nn.Module, groups: Sequence[FlatGroup], policy: PrecisionPolicy) -> None:
     """Cast what no group holds: frozen parameters, and buffers where the policy names a dtype for them."""
     grouped = {param for group in groups for param in group.params}
-    for param, dtype in policy.param_dtypes(module).items():
-        if param not in grouped:
-            param.data = param.data.to(dtype)
+    rest = [param for param in module.parameters() if param not in grouped]
+    dtypes = policy.param_dtypes(module) if rest else {}
+    for param in rest:
+        param.data = param.data.to(dtypes[param])
     for buffer in module.buffers():
         if policy.buffer is not None and buffer.is_floating_point():
             buffer.data = buffer.data.to(policy.buffer)

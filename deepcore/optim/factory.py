@@ -36,16 +36,20 @@ _FUSED: dict[str, type[SegmentOptimizer]] = {
 _ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction")
 
 
-def collect_groups(module: torch.nn.Module, model_parameters: Iterable[Any] | None) -> ParamGroups:
+def collect_groups(names: Mapping[torch.Tensor, str], model_parameters: Iterable[Any] | None) -> ParamGroups:
     """The param_groups to optimize: the given parameters or group dicts, else all that are trainable.
 
     Parameters that are given though they are frozen are kept, for they may be unfrozen later.
+
+    Args:
+        names: of the model's parameters.
+        model_parameters: what the user gave, if anything.
 
     Raises:
         ConfigError: a parameter is not the model's, or stands in two groups.
     """
     asked = model_parameters is not None
-    given: list[Any] = list(model_parameters) if model_parameters is not None else list(module.parameters())
+    given: list[Any] = list(model_parameters) if model_parameters is not None else list(names)
     if any(isinstance(item, dict) for item in given):
         groups = [{**group, "params": _as_list(group["params"])} for group in given]
     else:
@@ -53,7 +57,7 @@ def collect_groups(module: torch.nn.Module, model_parameters: Iterable[Any] | No
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad or (asked and p.is_floating_point())]
     groups = [group for group in groups if group["params"]]
-    require_ours(module, groups)
+    require_ours(names, groups)
     return groups
 
 
@@ -61,9 +65,8 @@ def _as_list(params: Any) -> list[torch.nn.Parameter]:
     return [params] if isinstance(params, torch.nn.Parameter) else list(params)
 
 
-def require_ours(module: torch.nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise unless every parameter belongs to ``module`` and stands in one group only."""
-    names = {param: name for name, param in module.named_parameters()}
+def require_ours(names: Mapping[torch.Tensor, str], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise unless every parameter is one of the model's, which ``names`` has, and stands in one group only."""
     seen: set[torch.Tensor] = set()
     for index, group in enumerate(groups):
         for param in group["params"]:

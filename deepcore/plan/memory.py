@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deepcore.base import collector
 from deepcore.comm.mesh import Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings, load, parse
@@ -80,6 +81,11 @@ def plan_memory(model: torch.nn.Module, config: Any, *, world_size: int, rank: i
             do="pass the number of ranks of the job as world_size",
         )
     settings = parse(load(config), world_size=world_size)
+    with collector.paused():
+        return _planned(model, settings, world_size, rank)
+
+
+def _planned(model: torch.nn.Module, settings: Settings, world_size: int, rank: int) -> MemoryPlan:
     ghost = _on_meta(model)
     world = World(rank, world_size, rank, world_size, META, "none", owned=False)
     mesh = Mesh.unconnected(world, sp=settings.sequence_parallel_size)
