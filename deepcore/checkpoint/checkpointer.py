@@ -14,7 +14,8 @@ from typing import Any
 from deepcore.checkpoint import folder as folders
 from deepcore.checkpoint.dtypes import DTYPES, NAMES
 from deepcore.checkpoint.fragments import Form, Fragment
-from deepcore.checkpoint.io import Entry, write_file
+from deepcore.checkpoint.image import Entry, lay_out
+from deepcore.checkpoint.io import write_file
 from deepcore.checkpoint.manifest import FileRecord, Manifest, Piece, TensorRecord
 from deepcore.checkpoint.plan import Holding, Run, share_out
 from deepcore.checkpoint.retention import Retention
@@ -133,13 +134,14 @@ class _Writing:
         if not entries:
             return {"failure": "", "file": None, "places": []}
         try:
-            record, begins = write_file(self._folder / self._file, entries, fsync=fsync)
+            image = lay_out(entries)
+            record = write_file(self._folder / self._file, image, fsync=fsync)
             if fsync:
                 folders.sync_folder(self._folder)
         except OSError as error:
             return {"failure": _words(error), "file": None, "places": []}
-        file = [record.name, record.nbytes, record.block, list(record.crcs)]
-        placed = [[*place, begins[entry.name]] for place, entry in zip(places, entries, strict=True)]
+        file = [record.name, record.nbytes, record.block, list(record.sums), record.algorithm]
+        placed = [[*place, image.begins[entry.name]] for place, entry in zip(places, entries, strict=True)]
         return {"failure": "", "file": file, "places": placed}
 
 
@@ -158,9 +160,9 @@ def _manifest(content: Content, offers: Sequence[Any], records: Sequence[Any]) -
     numbers: dict[int, int] = {}
     for rank, record in enumerate(records):
         if record["file"] is not None:
-            name, nbytes, block, crcs = record["file"]
+            name, nbytes, block, sums, algorithm = record["file"]
             numbers[rank] = len(files)
-            files.append(FileRecord(name, nbytes, block, tuple(crcs)))
+            files.append(FileRecord(name, nbytes, block, tuple(sums), algorithm))
     forms = {
         name: Form(DTYPES[dtype], tuple(shape), tuple(order))
         for offer in reversed(offers)

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from deepcore.checkpoint.fragments import Form
-from deepcore.checkpoint.io import Entry, write_file
+from deepcore.checkpoint.image import Entry, lay_out
+from deepcore.checkpoint.io import write_file
 from deepcore.checkpoint.names import frozen_names, model_names, tied_names
 from deepcore.checkpoint.reader import Reader
 from deepcore.errors import UsageError
@@ -47,7 +48,7 @@ def write_model(path: Path, state: Mapping[str, torch.Tensor], tied: Mapping[str
     try:
         if path.suffix == ".safetensors":
             entries = [Entry(name, tuple(value.shape), value.reshape(-1)) for name, value in state.items()]
-            write_file(fresh, entries, fsync=True, metadata={"format": "pt", **tied})
+            write_file(fresh, lay_out(entries, {"format": "pt", **tied}), fsync=True)
         else:
             torch.save({**state, **{alias: state[name] for alias, name in tied.items()}}, fresh)
         fresh.replace(path)

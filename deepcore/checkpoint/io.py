@@ -1,190 +1,254 @@
-"""Owns the bytes of data files: safetensors files written by one rank, read in checked blocks by any.
+"""Owns the bytes of data files: written by one rank, read in checked blocks by any.
 
 Knows nothing of manifests beyond the record of one file.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import json
 import os
 import stat
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from deepcore.checkpoint.dtypes import NAMES
+from deepcore.checkpoint.image import Image
 from deepcore.checkpoint.manifest import FileRecord
 from deepcore.errors import CheckpointError
+from deepcore.ops import block_file
 
-BLOCK = 1 << 20  # bytes that share a checksum: fits a core's cache, so that checking reads no memory twice
-ALIGN = 64  # bytes: where the data of a file begins
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to write: its name and shape in the file, and its elements, 1-D."""
-
-    name: str
-    shape: tuple[int, ...]
-    values: torch.Tensor
+BLOCK = 1 << 20  # bytes that share a checksum
+WINDOW = 64 << 20  # bytes between two signs of progress, and at most in buffers: a multiple of every block size
+MAX_THREADS = 8  # that read one file
+Progress = Callable[[int], None]  # told the bytes that were done
 
 
-def write_file(
-    path: Path, entries: Sequence[Entry], *, fsync: bool, metadata: Mapping[str, str] | None = None
-) -> tuple[FileRecord, dict[str, int]]:
-    """Write a safetensors file.
+def _silent(nbytes: int) -> None:
+    return None
 
-    Elements of wider dtypes come first, so that all are aligned without gaps, which the format does not allow.
 
-    Returns:
-        Its record, and the byte at which each entry begins.
+def write_file(path: Path, image: Image, *, fsync: bool, advance: Progress = _silent) -> FileRecord:
+    """Write a file that is not there yet.
 
     Raises:
         OSError: as the file system has it.
     """
-    ordered = sorted(entries, key=lambda entry: -entry.values.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    begins, place = {}, 0
-    for entry in ordered:
-        end = place + entry.values.numel() * entry.values.dtype.itemsize
-        header[entry.name] = {
-            "dtype": NAMES[entry.values.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [place, end],
-        }
-        begins[entry.name], place = place, end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-(8 + len(text)) // ALIGN) * ALIGN - 8)
-    head = len(text).to_bytes(8, "little") + text
-    writer = _Writer(path)
-    try:
-        writer.put(memoryview(head))
-        for entry in ordered:
-            if entry.values.numel():
-                values = entry.values.detach().contiguous().cpu()
-                writer.put(as_bytes(values))
-        writer.finish(fsync=fsync)
-    finally:
-        writer.close()
-    record = FileRecord(path.name, writer.nbytes, BLOCK, tuple(writer.crcs))
-    return record, {name: len(head) + begin for name, begin in begins.items()}
+    return write_parts(path, image.parts(), fsync=fsync, advance=advance)
 
 
-class _Writer:
-    """A file that is written once from its beginning, and the checksums of its blocks."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self.nbytes, self.crcs = 0, list[int]()
-        self._crc, self._filled = 0, 0  # of the block that is not full yet
-
-    def put(self, data: memoryview) -> None:
-        while data:
-            part = data[: BLOCK - self._filled]
-            self._crc = zlib.crc32(part, self._crc)
-            self._filled += len(part)
-            if self._filled == BLOCK:
-                self._close_block()
-            written = 0
-            while written < len(part):
-                written += os.write(self._file, part[written:])
-            self.nbytes += len(part)
-            data = data[len(part) :]
-
-    def _close_block(self) -> None:
-        self.crcs.append(self._crc)
-        self._crc = self._filled = 0
-
-    def finish(self, *, fsync: bool) -> None:
-        if self._filled:
-            self._close_block()
+def write_parts(path: Path, parts: Sequence[torch.Tensor], *, fsync: bool, advance: Progress = _silent) -> FileRecord:
+    """``write_file`` of the bytes in uint8 tensors, one after the other."""
+    transfers, sums, offset = block_file.for_writing(), list[int](), 0
+    staging = _Staging()
+    with _created(path) as file:
+        for window in _cut(parts):
+            host = staging.gather(window)
+            failure, found = transfers.write(file, offset, [(part.data_ptr(), part.numel()) for part in host], BLOCK)
+            if failure[0]:
+                raise OSError(failure[0], os.strerror(failure[0]), str(path))
+            sums += found
+            nbytes = sum(part.numel() for part in host)
+            offset += nbytes
+            advance(nbytes)
         if fsync:
-            os.fsync(self._file)
-
-    def close(self) -> None:
-        os.close(self._file)
+            os.fsync(file)
+    return FileRecord(path.name, offset, BLOCK, tuple(sums), transfers.algorithm)
 
 
-def as_bytes(values: torch.Tensor) -> memoryview:
-    """The memory of a CPU tensor, 1-D and contiguous; the caller keeps it alive."""
-    nbytes = values.numel() * values.dtype.itemsize
-    return memoryview((ctypes.c_char * nbytes).from_address(values.data_ptr())).cast("B")
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes [begin, end) of a file that are wanted, and what takes them: (uint8 tensor of a part, its first byte)."""
-
-    begin: int
-    end: int
-    take: Callable[[torch.Tensor, int], None]
-
-
-def read_spans(folder: Path, record: FileRecord, spans: Iterable[Span], *, verify: bool) -> None:
-    """Read what is wanted of a file, a block at a time, each checked before anyone gets a byte of it.
-
-    Raises:
-        CheckpointError: the file is missing, no ordinary file, of another size, or damaged.
-    """
-    wanted = sorted(spans, key=lambda span: span.begin)
-    file = open_plainly(folder / record.name, record.nbytes)
+@contextmanager
+def _created(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        buffer = bytearray(min(record.block, record.nbytes))
-        flat = torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0, dtype=torch.uint8)
-        active: list[Span] = []
-        index, block = 0, -1
-        while index < len(wanted) or active:
-            block = block + 1 if active else wanted[index].begin // record.block
-            low, high = block * record.block, min((block + 1) * record.block, record.nbytes)
-            data = memoryview(buffer)[: high - low]
-            _read_block(file, data, low, folder / record.name)
-            if verify:
-                _check(data, record, block, folder)
-            while index < len(wanted) and wanted[index].begin < high:
-                active.append(wanted[index])
-                index += 1
-            for span in active:
-                begin, end = max(span.begin, low), min(span.end, high)
-                span.take(flat[begin - low : end - low], begin - span.begin)
-            active = [span for span in active if span.end > high]
+        yield file
     finally:
         os.close(file)
 
 
-def _read_block(file: int, buffer: memoryview, begin: int, path: Path) -> None:
-    done = 0
-    while done < len(buffer):
-        try:
-            count = os.preadv(file, [buffer[done:]], begin + done)
-        except OSError as error:
-            raise _damaged(path, error.strerror or str(error), "a file that can be read") from error
-        if count == 0:
-            raise _damaged(path, f"the file ends at byte {begin + done}", "as many bytes as the manifest says")
-        done += count
+def _cut(parts: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The same bytes in windows."""
+    window, room = list[torch.Tensor](), WINDOW
+    for part in parts:
+        while part.numel():
+            window.append(part[:room])
+            room -= window[-1].numel()
+            part = part[window[-1].numel() :]
+            if room == 0:
+                yield window
+                window, room = [], WINDOW
+    if window:
+        yield window
 
 
-def _check(data: memoryview, record: FileRecord, block: int, folder: Path) -> None:
-    found = zlib.crc32(data)
-    if found != record.crcs[block]:
-        raise _damaged(
-            folder / record.name,
-            f"CRC-32 {found:08x} of bytes {block * record.block} to {block * record.block + len(data) - 1}",
-            f"{record.crcs[block]:08x}",
-        )
+class _Staging:
+    """Host memory for what passes between files and a device, or another dtype; kept from one window to the next."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int, *, pinned: bool) -> torch.Tensor:
+        if self._buffer.numel() < nbytes:
+            self._buffer = torch.empty(max(nbytes, WINDOW // 4), dtype=torch.uint8, pin_memory=pinned)
+        return self._buffer[:nbytes]
+
+    def gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The parts in host memory, copied where they are elsewhere."""
+        away = [part for part in parts if part.device.type != "cpu"]
+        if not away:
+            return parts
+        room = self.take(sum(part.numel() for part in away), pinned=True)
+        found, place = [], 0
+        for part in parts:
+            if part.device.type != "cpu":
+                part, place = room[place : place + part.numel()].copy_(part), place + part.numel()
+            found.append(part)
+        return found
 
 
-def verify_file(folder: Path, record: FileRecord) -> None:
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [begin, end) of a file that are wanted.
+
+    Attributes:
+        memory: uint8 in host memory, where they go; None: ``take`` gets them.
+        take: called with (uint8 tensor of a part, its first byte), once it is checked; None with ``memory``, and
+            where bytes are only to be checked.
+        pinned: ``take`` copies to a device.
+    """
+
+    begin: int
+    end: int
+    memory: torch.Tensor | None = None
+    take: Callable[[torch.Tensor, int], None] | None = None
+    pinned: bool = False
+
+
+Part = tuple[Span, int, int]  # bytes [begin, end) of the file, of a span
+
+
+def read_spans(
+    folder: Path, record: FileRecord, spans: Iterable[Span], *, verify: bool, advance: Progress = _silent
+) -> None:
+    """Read what is wanted of a file in whole blocks. What a span's memory has counts only once this has returned.
+
+    Raises:
+        CheckpointError: the file is missing, no ordinary file, of another size, or damaged.
+    """
+    reading = _Reading(folder / record.name, record, verify)
+    rest = sorted((span for span in spans if span.end > span.begin), key=lambda span: span.begin)
+    with _opened(reading.path, record.nbytes) as file:
+        while rest:
+            apart, rest = _apart(rest)
+            for low, high, parts in _windows(apart, record):
+                reading.read(file, low, high, parts)
+                advance(sum(end - begin for _, begin, end in parts))
+
+
+def _apart(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+    """Those that do not overlap any before them, and the others: more than one may want the same bytes."""
+    first, others, end = list[Span](), list[Span](), 0
+    for span in spans:
+        if span.begin >= end:
+            first.append(span)
+            end = span.end
+        else:
+            others.append(span)
+    return first, others
+
+
+def _windows(spans: Iterable[Span], record: FileRecord) -> Iterator[tuple[int, int, list[Part]]]:
+    """Runs of blocks [low, high) that have something wanted in them, and what."""
+    block, low, high, parts = record.block, 0, 0, list[Part]()
+    size = max(1, WINDOW // block) * block
+    for span in spans:
+        at = span.begin
+        while at < span.end:
+            if parts and (at >= low + size or at // block * block > high):
+                yield low, min(high, record.nbytes), parts
+                parts = []
+            if not parts:
+                low = at // block * block
+            end = min(span.end, low + size)
+            parts.append((span, at, end))
+            high, at = -(-end // block) * block, end
+    if parts:
+        yield low, min(high, record.nbytes), parts
+
+
+class _Reading:
+    """The reading of one file."""
+
+    def __init__(self, path: Path, record: FileRecord, verify: bool) -> None:
+        self.path, self._record, self._verify = path, record, verify
+        self._transfers = block_file.for_reading(record.algorithm, verify=verify)
+        self._staging = _Staging()
+        self._threads = min(MAX_THREADS, torch.get_num_threads())
+
+    def read(self, file: int, low: int, high: int, parts: Sequence[Part]) -> None:
+        """Fill what the parts want from blocks [low, high)."""
+        rooms = self._rooms(parts)
+        pieces, at = list[block_file.Piece](), low
+        for (_, begin, end), room in zip(parts, rooms, strict=True):
+            if begin > at:
+                pieces.append((0, begin - at))
+            pieces.append((0 if room is None else room.data_ptr(), end - begin))
+            at = end
+        if high > at:
+            pieces.append((0, high - at))
+        block = self._record.block
+        sums = self._record.sums[low // block : -(-high // block)] if self._verify else ()
+        self._judge(self._transfers.read(file, low, pieces, block, sums, self._threads), low)
+        for (span, begin, _), room in zip(parts, rooms, strict=True):
+            if span.take is not None and room is not None:
+                span.take(room, begin - span.begin)
+
+    def _rooms(self, parts: Sequence[Part]) -> list[torch.Tensor | None]:
+        """Where the bytes of each part go; None: nowhere."""
+        sizes = [-(-(end - begin) // 64) * 64 if span.take is not None else 0 for span, begin, end in parts]
+        staging = self._staging.take(sum(sizes), pinned=any(span.pinned for span, _, _ in parts))
+        rooms, place = list[torch.Tensor | None](), 0
+        for (span, begin, end), size in zip(parts, sizes, strict=True):
+            if span.take is not None:
+                rooms.append(staging[place : place + end - begin])
+            else:
+                rooms.append(None if span.memory is None else span.memory[begin - span.begin : end - span.begin])
+            place += size
+        return rooms
+
+    def _judge(self, verdict: block_file.Verdict, low: int) -> None:
+        code, offset, missing = verdict.failure
+        if code:
+            raise _damaged(self.path, os.strerror(code), "a file that can be read")
+        if missing:
+            raise _damaged(self.path, f"the file ends at byte {offset}", "as many bytes as the manifest says")
+        if verdict.bad_block >= 0:
+            record = self._record
+            index = low // record.block + verdict.bad_block
+            begin, end = index * record.block, min((index + 1) * record.block, record.nbytes)
+            raise _damaged(
+                self.path,
+                f"{record.algorithm} {verdict.found:08x} of bytes {begin} to {end - 1}",
+                f"{record.sums[index]:08x}",
+            )
+
+
+def verify_file(folder: Path, record: FileRecord, advance: Progress = _silent) -> None:
     """Read a whole file and check it; CheckpointError as ``read_spans``."""
-    if record.nbytes:
-        read_spans(folder, record, [Span(0, record.nbytes, lambda part, begin: None)], verify=True)
-    else:
-        os.close(open_plainly(folder / record.name, 0))
+    read_spans(folder, record, [Span(0, record.nbytes)], verify=True, advance=advance)
+
+
+@contextmanager
+def _opened(path: Path, nbytes: int) -> Iterator[int]:
+    file = open_plainly(path, nbytes)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def open_plainly(path: Path, nbytes: int | None) -> int:

@@ -18,8 +18,10 @@ from typing import Any
 from deepcore.checkpoint.dtypes import DTYPES, NAMES
 from deepcore.checkpoint.fragments import Form
 from deepcore.errors import CheckpointError
+from deepcore.ops.block_file import ALGORITHMS
 
-FORMAT, VERSION = "deepcore checkpoint", 1
+FORMAT, VERSION = "deepcore checkpoint", 2
+READ = (1, VERSION)  # versions; 1 had no checksum but CRC-32
 FILE_NAME = "manifest.json"
 MAX_DIMS, MAX_NBYTES = 64, 1 << 31  # of a tensor; of a manifest
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
@@ -28,12 +30,13 @@ _HEAD = re.compile(rb'\{"crc32": "([0-9a-f]{8})", "manifest": ')
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A data file: its size, and a CRC-32 of every ``block`` bytes of it, the last of what is left."""
+    """A data file: its size, and a checksum of every ``block`` bytes of it, the last of what is left."""
 
     name: str
     nbytes: int
     block: int
-    crcs: tuple[int, ...]
+    sums: tuple[int, ...]
+    algorithm: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Manifest:
             "version": VERSION,
             "about": dict(self.about),
             "files": [
-                {"name": f.name, "nbytes": f.nbytes, "block": f.block, "crc32": list(f.crcs)} for f in self.files
+                {"name": f.name, "nbytes": f.nbytes, "block": f.block, f.algorithm: list(f.sums)} for f in self.files
             ],
             "tensors": {
                 name: {
@@ -122,11 +125,11 @@ class Manifest:
     def _from_plain(cls, plain: Any, where: str) -> Manifest:
         if not isinstance(plain, dict) or plain.get("format") != FORMAT:
             raise _foreign(where, str(plain)[:100].encode())
-        if plain.get("version") != VERSION:
+        if plain.get("version") not in READ:
             raise CheckpointError(
                 f"{where} was written by another version of deepcore",
                 got=f"format version {plain.get('version')!r}",
-                expected=f"version {VERSION}",
+                expected=f"version {READ[0]} to {VERSION}",
                 do="load it with a deepcore that knows this version, newer ones as a rule",
             )
         files = tuple(_file(entry) for entry in plain["files"])
@@ -155,10 +158,11 @@ def _count(value: Any, what: str, least: int = 0) -> int:
 def _file(entry: Any) -> FileRecord:
     require_name(entry["name"], "file name")
     nbytes, block = _count(entry["nbytes"], "file size"), _count(entry["block"], "block size", 4096)
-    crcs = tuple(_count(crc, "checksum") for crc in entry["crc32"])
-    if len(crcs) != -(-nbytes // block) or block > 1 << 30:
-        raise ValueError(f"{len(crcs)} checksums of {nbytes} bytes in blocks of {block}")
-    return FileRecord(entry["name"], nbytes, block, crcs)
+    (algorithm,) = [key for key in ALGORITHMS if key in entry]
+    sums = tuple(_count(value, "checksum") for value in entry[algorithm])
+    if len(sums) != -(-nbytes // block) or block > 1 << 30 or max(sums, default=0) >> 32:
+        raise ValueError(f"{len(sums)} checksums of {nbytes} bytes in blocks of {block}")
+    return FileRecord(entry["name"], nbytes, block, sums, algorithm)
 
 
 def _tensor(entry: Any, files: Sequence[FileRecord]) -> TensorRecord:

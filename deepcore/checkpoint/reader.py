@@ -128,8 +128,10 @@ class Reader:
         for copy in cover(target.name, target.offset, target.values.numel(), pieces):
             piece = record.pieces[copy.piece]
             begin = piece.begin + copy.source * size
-            taker = _taker(target.values[copy.target : copy.target + copy.numel], record.form.dtype)
-            spans.setdefault(piece.file, []).append(Span(begin, begin + copy.numel * size, taker))
+            if begin % size:
+                raise CheckpointError("a tensor lies across elements", got=f"byte {begin}", expected="aligned elements")
+            values = target.values[copy.target : copy.target + copy.numel]
+            spans.setdefault(piece.file, []).append(_span(begin, begin + copy.numel * size, values, record.form.dtype))
 
     def verify(self, progress: Callable[[str], Any] = lambda name: None) -> None:
         """Check every byte of every file; CheckpointError at the first that is wrong."""
@@ -138,17 +140,17 @@ class Reader:
             verify_file(self.path, record)
 
 
-def _taker(values: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor, int], None]:
-    """What copies bytes of a tensor of ``dtype``, beginning at byte ``begin``, into ``values``."""
+def _span(begin: int, end: int, values: torch.Tensor, dtype: torch.dtype) -> Span:
+    """What lets bytes of a tensor of ``dtype`` be ``values``: read in place where nothing has to be converted."""
+    if values.dtype == dtype and values.device.type == "cpu" and values.is_contiguous():
+        return Span(begin, end, memory=values.detach().view(torch.uint8))
 
-    def take(part: torch.Tensor, begin: int) -> None:
-        if begin % dtype.itemsize or part.numel() % dtype.itemsize or part.storage_offset() % dtype.itemsize:
-            raise CheckpointError("a tensor lies across blocks", got=f"byte {begin}", expected="aligned elements")
-        first = begin // dtype.itemsize
+    def take(part: torch.Tensor, place: int) -> None:
+        first = place // dtype.itemsize
         source = part.view(dtype)
         values[first : first + source.numel()].copy_(source)
 
-    return take
+    return Span(begin, end, take=take, pinned=values.device.type == "cuda")
 
 
 def _nothing_here(path: Path) -> CheckpointError:

@@ -45,7 +45,7 @@ def make_engine(threads: int, block_size: int) -> FileEngine:
     if library._mode() in ("reference", "prebuilt"):  # nothing is to be compiled
         return PythonFileEngine(threads, block_size)
     try:
-        native: Callable[[int, int], FileEngine] = _module().FileEngine
+        native: Callable[[int, int], FileEngine] = native_module().FileEngine
     except (BuildError, ImportError) as error:
         log.warn_once(
             "file engine",
@@ -57,7 +57,12 @@ def make_engine(threads: int, block_size: int) -> FileEngine:
 
 
 @lru_cache(maxsize=1)
-def _module() -> Any:
+def native_module() -> Any:
+    """What ``csrc/host`` holds, built where it is not yet.
+
+    Raises:
+        BuildError, ImportError: it cannot be.
+    """
     path = build.ensure(job()).library()
     assert path is not None
     loader = importlib.machinery.ExtensionFileLoader(spec.FILE_ENGINE, str(path))

@@ -128,10 +128,11 @@ class FileEngineSpec(LibrarySpec):
 
 
 def file_engine_library(root: Path) -> LibrarySpec:
-    """The asynchronous file engine for the interpreter that runs."""
+    """The asynchronous file engine, and transfers of checked blocks, for the interpreter that runs."""
     include = sysconfig.get_path("include")
     flags = (*_HOST_FLAGS, "-O1", "-pthread", f"-I{include}", f"-DDEEPCORE_PYTHON={sys.hexversion}")
-    units = tuple(Unit(f"host/{name}.cpp", f"{name}.o", flags) for name in ("file_engine", "file_engine_py"))
+    names = ("crc32c", "block_file", "file_engine", "file_engine_py")
+    units = tuple(Unit(f"host/{name}.cpp", f"{name}.o", flags) for name in names)
     return _checked(FileEngineSpec("cpu", root, units, ("-shared", "-pthread")))
 
 

@@ -22,6 +22,7 @@ CASES = {
     "adam": {"step large", "clip+step large", "step 1000 small", "clip+step 1000 small", "step tiny", "clip+step tiny"},
     "bucket": {f"{size} {kind}" for size in ("large", "tiny") for kind in ("fp32", "fp32 add", "bf16 add")},
     "cast": {f"{size} {way}" for size in ("large", "tiny") for way in ("fp32 to bf16", "bf16 to fp32")},
+    "checksum": {"chunk", "large"},
     "loss_scale": {"step"},
     **{name: {"large", "1000 small", "tiny"} for name in ("adagrad", "lamb", "lion", "sgd")},
     "flatten": {f"{way} {case}" for way in ("flatten", "unflatten") for case in ("large", "1000 small", "tiny")},

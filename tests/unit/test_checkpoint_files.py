@@ -27,6 +27,8 @@ from deepcore.checkpoint.retention import Retention
 from deepcore.comm.mesh import Mesh
 from deepcore.comm.setup import World
 from deepcore.errors import CheckpointError
+from deepcore.ops import block_file
+from deepcore.ops.block_file import PythonTransfers
 
 
 def solo() -> Any:
@@ -114,7 +116,10 @@ def test_a_file_system_that_refuses_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        if where in ("write", "fsync"):
+        if where == "write":
+            patch.setattr(PythonTransfers, "write", lambda *args: ((28, 0, 0), []))
+            patch.setattr(block_file, "_module", lambda: None)
+        elif where == "fsync":
             patch.setattr(os, where, refuse)
         else:
             patch.setattr(Path, where, refuse)
@@ -204,7 +209,9 @@ LIES = {
     "a file twice": lambda plain: plain["files"].append(plain["files"][0]),
     "a larger file": set_at("files", 0, "nbytes", 1 << 50),
     "a negative size": set_at("files", 0, "nbytes", -1),
-    "no checksums": set_at("files", 0, "crc32", []),
+    "no checksums": set_at("files", 0, "crc32c", []),
+    "two kinds of checksums": set_at("files", 0, "crc32", [0]),
+    "a checksum too wide": set_at("files", 0, "crc32c", [1 << 40]),
     "blocks of nothing": set_at("files", 0, "block", 0),
     "an absurd shape": set_at("tensors", "a", "shape", [1 << 40]),
     "a shape that overflows": set_at("tensors", "a", "shape", [1 << 61, 1 << 61]),
@@ -235,6 +242,40 @@ def test_a_manifest_that_lies_is_an_error(lie: str, tmp_path: Path) -> None:
     forge(path, LIES[lie])
     with pytest.raises(CheckpointError):
         Reader(path).tensor("a")
+
+
+def test_the_first_version_with_crc32_still_loads(tmp_path: Path) -> None:
+    path = save(tmp_path, "one", 1.0)
+    data = (path / "rank00000.safetensors").read_bytes()
+
+    def older(plain: dict[str, Any]) -> None:
+        plain["version"] = 1
+        del plain["files"][0]["crc32c"]
+        plain["files"][0]["crc32"] = [zlib.crc32(data)]
+
+    forge(path, older)
+    assert value_of(path) == 1.0
+    forge(path, set_at("files", 0, "crc32", [zlib.crc32(data) ^ 1]))
+    with pytest.raises(CheckpointError, match=r"crc32 [0-9a-f]{8} of bytes 0 to"):
+        Reader(path).verify()
+
+
+def test_a_machine_without_a_compiler_writes_what_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = save(tmp_path, "native", 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(block_file, "_module", lambda: None)
+        python = save(tmp_path, "python", 2.0)
+        assert value_of(native) == 1.0
+    assert value_of(python) == 2.0
+    assert [Reader(path).manifest.files[0].algorithm for path in (native, python)] == ["crc32c", "crc32"]
+
+
+def test_bytes_that_two_want_are_read_for_both(tmp_path: Path) -> None:
+    path = save(tmp_path, "one", 3.0)
+    reader, form = Reader(path), Form(torch.float32, (1000,), (0,))
+    targets = [torch.zeros(1000), torch.zeros(500), torch.zeros(700, dtype=torch.float64)]
+    reader.read([Fragment("a", form, offset, values) for offset, values in zip((0, 250, 100), targets, strict=True)])
+    assert all(target.eq(3.0).all() for target in targets)
 
 
 def test_a_misaligned_piece_is_an_error(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_without_a_compiler_python_threads_serve_and_say_so(
     def refuse(_: object) -> None:
         raise BuildError("no compiler was found")
 
-    file_engine._module.cache_clear()
+    file_engine.native_module.cache_clear()
     monkeypatch.setattr(build, "ensure", refuse)
     monkeypatch.setattr(file_engine.log.logger(), "propagate", True)
     file_engine.log._warned.discard("file engine")

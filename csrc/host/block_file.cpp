@@ -1,0 +1,162 @@
+// Owns the walk over pieces and blocks.
+// Knows nothing of how files were opened.
+#include "host/block_file.h"
+
+#include <sys/uio.h>
+#include <unistd.h>
+#include <cerrno>
+
+#include <algorithm>
+#include <thread>
+
+#include "host/crc32c.h"
+
+namespace deepcore {
+
+namespace {
+
+constexpr int64_t kChunk = 256 << 10;  // bytes of one system call, still in a core's cache when they are summed
+constexpr int kVectors = 64;           // pieces of one system call
+
+// Gives the bytes of pieces in runs, from any place on.
+class Walk {
+  public:
+    Walk(const std::vector<Piece>& pieces, int64_t begin, char* scratch) : pieces_(pieces), scratch_(scratch) {
+        while (index_ < pieces_.size() && begin >= pieces_[index_].nbytes) begin -= pieces_[index_++].nbytes;
+        inside_ = begin;
+    }
+
+    // Up to `limit` bytes, at most kChunk, as vectors; returns their number.
+    int take(int64_t limit, iovec* vectors) {
+        int count = 0;
+        char* spare = scratch_;
+        for (limit = std::min(limit, kChunk); limit > 0 && count < kVectors && index_ < pieces_.size();) {
+            const Piece& piece = pieces_[index_];
+            const int64_t nbytes = std::min(limit, piece.nbytes - inside_);
+            if (nbytes > 0) {
+                char* memory = piece.memory != nullptr ? piece.memory + inside_ : spare;
+                if (piece.memory == nullptr) spare += nbytes;
+                vectors[count++] = {memory, static_cast<size_t>(nbytes)};
+            }
+            limit -= nbytes;
+            inside_ += nbytes;
+            if (inside_ == piece.nbytes) {
+                ++index_;
+                inside_ = 0;
+            }
+        }
+        return count;
+    }
+
+  private:
+    const std::vector<Piece>& pieces_;
+    char* scratch_;
+    size_t index_ = 0;
+    int64_t inside_ = 0;
+};
+
+int64_t total_of(const iovec* vectors, int count) {
+    int64_t total = 0;
+    for (int i = 0; i < count; ++i) total += static_cast<int64_t>(vectors[i].iov_len);
+    return total;
+}
+
+// All of the vectors; a system call may do less than it was asked for.
+Failure transfer(bool writes, int file, const iovec* vectors, int count, int64_t offset) {
+    iovec rest[kVectors];
+    std::copy(vectors, vectors + count, rest);
+    iovec* first = rest;
+    while (count > 0) {
+        const ssize_t moved = writes ? pwritev(file, first, count, offset) : preadv(file, first, count, offset);
+        if (moved < 0 && errno == EINTR) continue;
+        if (moved < 0) return {errno, offset, 0};
+        if (moved == 0) return {writes ? EIO : 0, offset, total_of(first, count)};
+        offset += moved;
+        size_t left = static_cast<size_t>(moved);
+        while (count > 0 && left >= first->iov_len) {
+            left -= first->iov_len;
+            ++first;
+            --count;
+        }
+        if (count > 0) {
+            first->iov_base = static_cast<char*>(first->iov_base) + left;
+            first->iov_len -= left;
+        }
+    }
+    return {};
+}
+
+uint32_t sum_of(uint32_t crc, const iovec* vectors, int count) {
+    for (int i = 0; i < count; ++i) crc = crc32c(crc, vectors[i].iov_base, static_cast<int64_t>(vectors[i].iov_len));
+    return crc;
+}
+
+int64_t nbytes_of(const std::vector<Piece>& pieces) {
+    int64_t total = 0;
+    for (const Piece& piece : pieces) total += piece.nbytes;
+    return total;
+}
+
+// Blocks [first, last) of a read; `offset` is that of block 0.
+Verdict read_some(int file, int64_t offset, const std::vector<Piece>& pieces, int64_t block, const uint32_t* expected,
+                  int64_t first, int64_t last) {
+    const int64_t total = nbytes_of(pieces);
+    std::vector<char> scratch(kChunk);
+    Walk walk(pieces, first * block, scratch.data());
+    iovec vectors[kVectors];
+    for (int64_t index = first; index < last; ++index) {
+        const int64_t end = std::min(total, (index + 1) * block);
+        uint32_t crc = 0;
+        for (int64_t at = index * block; at < end;) {
+            const int count = walk.take(end - at, vectors);
+            const Failure failure = transfer(false, file, vectors, count, offset + at);
+            if (failure.code != 0 || failure.missing != 0) return {failure, -1, 0};
+            if (expected != nullptr) crc = sum_of(crc, vectors, count);
+            at += total_of(vectors, count);
+        }
+        if (expected != nullptr && crc != expected[index]) return {{}, index, crc};
+    }
+    return {};
+}
+
+}  // namespace
+
+Failure write_blocks(int file, int64_t offset, const std::vector<Piece>& pieces, int64_t block, uint32_t* sums) {
+    const int64_t total = nbytes_of(pieces);
+    Walk walk(pieces, 0, nullptr);
+    iovec vectors[kVectors];
+    for (int64_t begin = 0; begin < total; begin += block) {
+        const int64_t end = std::min(total, begin + block);
+        uint32_t crc = 0;
+        for (int64_t at = begin; at < end;) {
+            const int count = walk.take(end - at, vectors);
+            crc = sum_of(crc, vectors, count);
+            const Failure failure = transfer(true, file, vectors, count, offset + at);
+            if (failure.code != 0) return failure;
+            at += total_of(vectors, count);
+        }
+        sums[begin / block] = crc;
+    }
+    return {};
+}
+
+Verdict read_blocks(int file, int64_t offset, const std::vector<Piece>& pieces, int64_t block, const uint32_t* expected,
+                    int threads) {
+    const int64_t num_blocks = (nbytes_of(pieces) + block - 1) / block;
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, num_blocks / 8));
+    std::vector<Verdict> verdicts(parts);
+    std::vector<std::thread> helpers;
+    const auto work = [&](int64_t part) {
+        verdicts[part] = read_some(file, offset, pieces, block, expected, num_blocks * part / parts,
+                                   num_blocks * (part + 1) / parts);
+    };
+    for (int64_t part = 1; part < parts; ++part) helpers.emplace_back(work, part);
+    work(0);
+    for (std::thread& helper : helpers) helper.join();
+    for (const Verdict& verdict : verdicts) {
+        if (verdict.failure.code != 0 || verdict.failure.missing != 0 || verdict.bad_block >= 0) return verdict;
+    }
+    return {};
+}
+
+}  // namespace deepcore
