@@ -16,6 +16,9 @@ BUILD := build/cmake
 SPEC := pyproject.toml constraints.txt setup.py
 CXX_SOURCES := csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu'
 
+# Hundreds of Python processes start in a test run: let the first one keep what it has compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv train test parity csrc-test pytest ops lint format bench wheel gpu clean

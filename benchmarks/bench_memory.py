@@ -7,15 +7,15 @@ imported torch, joined its group and built nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from benchmarks import models
-from benchmarks.bench_step import DTYPES, PEERS, STAGES, STEPS
-from benchmarks.harness import OURS, Options, Result
+from benchmarks.bench_step import ROWS
+from benchmarks.harness import Options, Result
 from benchmarks.ranks import run_ranks
+from benchmarks.trainers import DTYPES, TRAINERS, Job, names_wanted
 
 NUM_RANKS, NUM_STEPS = 2, 4
 
@@ -23,9 +23,7 @@ NUM_RANKS, NUM_STEPS = 2, 4
 def bench(options: Options) -> Iterator[Result]:
     """Peak MB above the base on the first rank; smaller is better."""
     for dtype in DTYPES:
-        names = [name for name in (*(f"{OURS}/{stage}" for stage in STAGES), *PEERS) if options.wants(name)]
-        if find_spec("deepspeed") is None:
-            names = [name for name in names if not name.startswith("deepspeed")]
+        names = names_wanted(options)
         samples: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(1 if options.quick else min(3, options.rounds)):
             for name in names:
@@ -41,7 +39,9 @@ def peak(name: str, dtype: str, quick: bool) -> float:
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     base = _peak_mb()
-    step, close = STEPS[name]((models.tiny_gpt if quick else models.gpt_11m)(), DTYPES[dtype])
+    model = (models.tiny_gpt if quick else models.gpt_11m)()
+    batch = models.batch(model, ROWS, seed=torch.distributed.get_rank())
+    step, close = TRAINERS[name](Job(model, batch, list(model.blocks), DTYPES[dtype]))
     for _ in range(NUM_STEPS):
         step()
     reached = _peak_mb()

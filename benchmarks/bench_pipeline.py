@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.bench_step import _sampler
+from benchmarks.contest import sampler
 from benchmarks.harness import OURS, Contender, Options, Result, interleave
 from benchmarks.models import Block
 from benchmarks.ranks import run_ranks
@@ -44,7 +44,7 @@ def compete(names: list[str], quick: bool, rounds: int) -> dict[str, list[float]
     contenders, closings = [], []
     for name in names:
         step, close = _ours(SCHEDULES[name], quick) if name in SCHEDULES else OTHERS[name](quick)
-        contenders.append(Contender(name, _sampler(step, torch.distributed.barrier)))
+        contenders.append(Contender(name, sampler(step, torch.distributed.barrier)))
         closings.append(close)
     samples = interleave(contenders, rounds, warmups=2)
     for close in closings:

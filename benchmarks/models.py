@@ -56,6 +56,11 @@ def gpt_50m() -> GPT:
     return GPT(layers=12, dim=576, heads=9, vocab=2048, context=128)
 
 
+def gpt_half_million() -> GPT:
+    """0.5M parameters: 2 layers of 128, 256 tokens, context 32."""
+    return GPT(layers=2, dim=128, heads=4, vocab=256, context=32)
+
+
 def tiny_gpt() -> GPT:
     """20k parameters, to see that everything runs."""
     return GPT(layers=1, dim=32, heads=2, vocab=64, context=16)

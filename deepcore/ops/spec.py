@@ -143,7 +143,7 @@ def cpu_library(root: Path, *, avx512: bool = True) -> LibrarySpec:
     """
     sets = dict(INSTRUCTION_SETS.get(platform.machine(), {"scalar": ()}))
     without = () if avx512 or sets.pop("avx512", None) is None else (_WITHOUT_AVX512,)
-    kernels = [stem for stem in _stems(root) if (root / f"{stem}/{stem}_cpu.cpp").is_file()]
+    kernels = [stem for stem in stems(root) if (root / f"{stem}/{stem}_cpu.cpp").is_file()]
     objects = [
         Unit(f"{stem}/{stem}_cpu.cpp", f"{stem}_{isa}.o", (*CPU_FLAGS, *without, *flags, f"-DDEEPCORE_ISA={isa}"))
         for isa, flags in sets.items()
@@ -155,7 +155,7 @@ def cpu_library(root: Path, *, avx512: bool = True) -> LibrarySpec:
 def _bindings(root: Path, flags: tuple[str, ...]) -> list[Unit]:
     """All bindings as one object: torch's headers, which are nearly all of the work, are read once."""
     first, *others = [
-        f"torch/{stem}_cpu.cpp" for stem in _stems(root) if (root / f"torch/{stem}_cpu.cpp").is_file()
+        f"torch/{stem}_cpu.cpp" for stem in stems(root) if (root / f"torch/{stem}_cpu.cpp").is_file()
     ] or [""]
     included = tuple(word for source in others for word in ("-include", source))
     return [Unit(first, "bindings.o", (*BINDING_FLAGS, *flags, *included))] if first else []
@@ -165,7 +165,7 @@ def cuda_library(root: Path, architectures: tuple[str, ...]) -> LibrarySpec:
     """The CUDA library of ``root`` for compute capabilities such as ("90",) or ("80", "100+PTX")."""
     flags = (*CUDA_FLAGS, *(flag for name in architectures for flag in _gencode(name)))
     units = []
-    for stem in _stems(root):
+    for stem in stems(root):
         for source, output in ((f"torch/{stem}_cuda.cpp", f"torch_{stem}.o"), (f"{stem}/{stem}_cuda.cu", f"{stem}.o")):
             if (root / source).is_file():
                 units.append(Unit(source, output, flags))
@@ -178,7 +178,8 @@ def _gencode(architecture: str) -> tuple[str, ...]:
     return (*machine_code, f"-gencode=arch=compute_{number},code=compute_{number}") if ptx else machine_code
 
 
-def _stems(root: Path) -> list[str]:
+def stems(root: Path) -> list[str]:
+    """The names of all stems under ``root``, sorted."""
     others = {"core", "torch", *_SKIPPED_FOLDERS}
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name not in others)
 

@@ -66,6 +66,11 @@ def test_a_whole_step_runs_beside_its_peers() -> None:
     assert {name: len(times) for name, times in first.items()} == dict.fromkeys(arguments["names"], 2)
 
 
+def test_many_small_tensors_run_beside_a_peer() -> None:
+    arguments = {"names": ["deepcore/1", "none"], "case": "50 tensors of 32 x 32", "rounds": 1}
+    assert set(run_ranks(1, "benchmarks.bench_overhead:compete", arguments, timeout=120)[0]) == {"deepcore/1", "none"}
+
+
 def test_a_pipeline_runs_beside_what_its_bubble_allows() -> None:
     names = ["deepcore", "deepcore/zbv", "allowed", "torch"]
     first, _ = run_ranks(
@@ -102,4 +107,4 @@ def test_an_import_is_timed_in_a_process_of_its_own() -> None:
 
 
 def test_every_subject_is_covered_here() -> None:
-    assert set(subjects()) == {*CASES, "pipeline", "step", "memory", "initialize", "import", "sequence"}
+    assert set(subjects()) == {*CASES, "pipeline", "step", "memory", "initialize", "import", "sequence", "overhead"}

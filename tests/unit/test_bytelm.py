@@ -137,13 +137,15 @@ def test_only_the_enabled_journal_leaves_files(example: dict[str, ModuleType], t
     assert not (tmp_path / "1").exists()
 
 
-RUN_ON_A_SMALL_CORPUS = """
+RUN_SMALL = """
 import pathlib, runpy, sys
 stdlib, script = sys.argv[1:3]
 sys.argv = sys.argv[2:]
 sys.path.insert(0, script.rpartition("/")[0])
-import data
+import data, model
 data.stdlib = lambda: pathlib.Path(stdlib)
+width, depth, heads, context = 96, 2, 3, 128
+model.ByteGPT.__init__.__defaults__ = (width, depth, heads, context)
 runpy.run_path(script, run_name="__main__")
 """
 
@@ -153,10 +155,10 @@ def test_the_script_trains_and_reports(tmp_path: Path) -> None:
     stdlib.mkdir()
     for i in range(200):
         (stdlib / f"m{i}.py").write_text(f"def function_{i}():\n    return {i}\n" * 20)
-    command = [sys.executable, "-c", RUN_ON_A_SMALL_CORPUS, str(stdlib), str(EXAMPLE / "train.py")]
-    command += ["--config", str(tmp_path / "config.json"), "--steps", "24", "--out", str(out)]
+    command = [sys.executable, "-c", RUN_SMALL, str(stdlib), str(EXAMPLE / "train.py")]
+    command += ["--config", str(tmp_path / "config.json"), "--steps", "30", "--out", str(out)]
     config = json.loads((EXAMPLE / "config_fp32.json").read_text())  # bf16 is slow on processors that lack it
-    (tmp_path / "config.json").write_text(json.dumps({**config, "train_batch_size": 2}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "train_batch_size": 4}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # many threads on a busy machine wait for each other
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
