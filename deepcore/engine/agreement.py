@@ -5,7 +5,7 @@ Knows nothing of the ranks that hold other shards of the same parameters: a ZeRO
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,41 @@ class Tie:
     params: torch.Tensor
 
 
+class PartAgreement(Agreement):
+    """That of a rank which holds parts of the parameters that others hold other parts of, under the same names."""
+
+    def __init__(self, axis: Axis, arena: ShardArena) -> None:
+        self._axis, self._arena = axis, arena
+
+    def complete(self, statistics: GradientStatistics) -> GradientStatistics:
+        return _completed(statistics, self._axis, self._arena.device)
+
+
+def _completed(
+    statistics: GradientStatistics,
+    axis: Axis,
+    device: torch.device,
+    first: int = 0,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> GradientStatistics:
+    """The ranks' statistics as one; ``first`` is the index of this rank's first parameter among all.
+
+    Vector: the sum of squares, then per rank 1 + the index of its first bad parameter, or 0.
+    """
+    vector = torch.zeros(1 + axis.size, dtype=torch.float64, device=device)
+    vector[0:1] = statistics.squares
+    own = 1 + axis.rank
+    vector[own : own + 1] = torch.where(statistics.bad > 0, statistics.offender + first + 1, 0.0)
+    total = axis.all_reduce(vector, what="gradient norm")
+    meanwhile()
+    total.wait()
+    offenders = vector[1:]
+    bad = offenders > 0
+    lowest = torch.where(bad, offenders, float("inf")).min().reshape(1) - 1
+    any_bad = bad.any().reshape(1)
+    return GradientStatistics(vector[:1], any_bad.float(), torch.where(any_bad, lowest, -1.0))
+
+
 class StageAgreement(Agreement):
     """That of a stage with the others of its pipeline: one small all-reduce, and one per tied group."""
 
@@ -61,19 +96,7 @@ class StageAgreement(Agreement):
             work.wait()
 
     def complete(self, statistics: GradientStatistics) -> GradientStatistics:
-        """Vector: the sum of squares, then per stage 1 + the index of its first bad parameter, or 0."""
-        vector = torch.zeros(1 + self._axis.size, dtype=torch.float64, device=self._arena.device)
-        vector[0:1] = statistics.squares
-        own = 1 + self._axis.rank
-        vector[own : own + 1] = torch.where(statistics.bad > 0, statistics.offender + self._first + 1, 0.0)
-        total = self._axis.all_reduce(vector)
-        self._share_use()
-        total.wait()
-        offenders = vector[1:]
-        bad = offenders > 0
-        first = torch.where(bad, offenders, float("inf")).min().reshape(1) - 1
-        any_bad = bad.any().reshape(1)
-        return GradientStatistics(vector[:1], any_bad.float(), torch.where(any_bad, first, -1.0))
+        return _completed(statistics, self._axis, self._arena.device, self._first, self._share_use)
 
     def _share_use(self) -> None:
         """A tied parameter that any stage used is updated by all."""

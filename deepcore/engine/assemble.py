@@ -14,6 +14,7 @@ import torch
 from deepcore.comm.mesh import Axis, Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings
+from deepcore.engine.agreement import PartAgreement
 from deepcore.engine.clock import Clock
 from deepcore.engine.closure import ClosureEvaluator
 from deepcore.engine.core import StepSettings, TrainCore
@@ -23,13 +24,16 @@ from deepcore.engine.placement import cast_rest, require_same_model, require_sta
 from deepcore.engine.regime import policy_from, scaler_from
 from deepcore.engine.residence import arena_maker
 from deepcore.engine.shared_modules import SharedModules
+from deepcore.engine.tensor import count_once, cut_model, over_parts, require_optimizer
 from deepcore.engine.tokens import TokenCount
 from deepcore.engine.trainability import LateThaws, note_room_for_frozen
 from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
 from deepcore.parallel.sequence.binding import bind
 from deepcore.parallel.sequence.tiling import Tiled
+from deepcore.parallel.tensor.apply import TensorShards
 from deepcore.precision.casts import ForwardCasts
+from deepcore.precision.policy import PrecisionPolicy
 from deepcore.precision.scaler import LossScaler
 from deepcore.sharding.update_arena import UpdateArena
 from deepcore.zero.holdings import Holdings, add_external
@@ -49,6 +53,7 @@ class Parts:
         strategy, core, clock, casts: see their classes; ``core`` is None without an optimizer.
         base: the optimizer that a callable lr_scheduler receives.
         holdings: how the functions of ``deepcore.zero`` find it all.
+        shards: what the model was cut into over the tensor axis; None where it was not.
     """
 
     strategy: ZeroStrategy
@@ -57,6 +62,7 @@ class Parts:
     casts: ForwardCasts
     base: torch.optim.Optimizer | None
     holdings: Holdings
+    shards: TensorShards | None = None
 
 
 def build_engine(
@@ -64,9 +70,11 @@ def build_engine(
 ) -> tuple[Engine, torch.optim.Optimizer | None]:
     """The engine, and the base optimizer that a callable lr_scheduler receives."""
     mesh = _mesh(world, settings)
+    shards = cut_model(model, mesh, settings)  # before it moves: no device holds all of it
     model.to(world.device)
-    parts = build_parts(model, client, model_parameters, world, mesh, settings)
+    parts = build_parts(model, client, model_parameters, world, mesh, settings, shards=shards)
     engine = Engine(model, parts.strategy, parts.core, parts.clock, world, mesh, settings, parts.casts)
+    engine.join_parts(parts.shards)
     bind_optimizer(parts, engine.full_step, replicate=settings.zero_optimization.replicate_optimizer)
     parts.strategy.attach()
     engine.take_charge(parts.holdings)
@@ -81,11 +89,13 @@ def build_parts(
     mesh: Mesh,
     settings: Settings,
     shared: SharedModules | None = None,
+    shards: TensorShards | None = None,
 ) -> Parts:
     """Group the parameters of a model that is on its device, and make what trains them.
 
     Args:
         shared: modules that ranks with other parameters hold too.
+        shards: what the model was cut into.
     """
     shared = shared or SharedModules()
     policy = policy_from(settings)
@@ -93,6 +103,7 @@ def build_parts(
     names: dict[torch.Tensor, str] = {param: name for name, param in model.named_parameters()}
     wanted = collect_groups(names, model_parameters)
     optimizer, base = make_optimizer(client, settings.optimizer, wanted, names)
+    require_optimizer(optimizer, shards)
     axis = mesh.zero_axis
     chosen = _chosen(names, optimizer)
     require_stage(model, settings.zero_optimization.stage)
@@ -102,12 +113,7 @@ def build_parts(
     grouping = Grouper(model, policy, axis, settings).group(chosen, shared.apart)
     if world.rank == 0:
         note_room_for_frozen(grouping.held)
-    restore_rest(model)
-    share_weights(model, grouping.everything, axis)
-    shared.equalise(grouping.everything)
-    cast_rest(model, grouping.everything, policy)
-    if policy.param is not None:
-        keep_in_fp32(policy.fp32_islands(model), policy.param)
+    _agree_on_values(model, grouping, axis, shared, policy)
     clock = Clock(
         micro_batch=settings.train_micro_batch_size_per_gpu,
         accumulation=settings.gradient_accumulation_steps,
@@ -115,18 +121,42 @@ def build_parts(
     )
     strategy = _make_strategy(model, grouping, axis, settings)
     groups = [*strategy.arena.groups, *grouping.frozen]
+    cuts = {} if shards is None else shards.cuts
     if optimizer is None:
-        return Parts(strategy, None, clock, casts, None, Holdings(strategy, axis, groups, None))
-    scaler = LossScaler(scaler_from(settings), world.device)
+        return Parts(strategy, None, clock, casts, None, Holdings(strategy, axis, groups, None, cuts=cuts), shards)
     step = StepSettings(settings.gradient_clipping, _num_replicas(mesh, settings), _checks_finite(settings))
-    core = TrainCore(strategy, optimizer, scaler, clock, step, LateThaws(model, grouping.held), TokenCount(axis))
+    scaler, thaws = LossScaler(scaler_from(settings), world.device), LateThaws(model, grouping.held)
+    core = TrainCore(strategy, optimizer, scaler, clock, step, thaws, TokenCount(axis))
     core.on_death = mesh.note_dead
-    return Parts(strategy, core, clock, casts, base, Holdings(strategy, axis, groups, optimizer, lambda: core.unscale))
+    if shards is not None:
+        _agree_on_parts(core, shards)
+    holdings = Holdings(strategy, axis, groups, optimizer, lambda: core.unscale, cuts=cuts)
+    return Parts(strategy, core, clock, casts, base, holdings, shards)
+
+
+def _agree_on_values(
+    model: torch.nn.Module, grouping: Grouping, axis: Axis, shared: SharedModules, policy: PrecisionPolicy
+) -> None:
+    """One truth on all ranks that hold the same, in the dtypes in which the model computes."""
+    restore_rest(model)
+    share_weights(model, grouping.everything, axis)
+    shared.equalise(grouping.everything)
+    cast_rest(model, grouping.everything, policy)
+    if policy.param is not None:
+        keep_in_fp32(policy.fp32_islands(model), policy.param)
+
+
+def _agree_on_parts(core: TrainCore, shards: TensorShards) -> None:
+    """Let norm and finiteness be those of all parts, and of what all ranks have whole once."""
+    arena = core.strategy.arena
+    arena.counted = count_once(arena, shards)
+    core.agreement = PartAgreement(shards.axis, arena)
 
 
 def _mesh(world: World, settings: Settings) -> Mesh:
     separate = settings.zero_optimization.stage == 3
-    return Mesh.build(world, sp=settings.sequence_parallel_size, separate_reductions=separate)
+    tp = settings.tensor_parallel.size
+    return Mesh.build(world, sp=settings.sequence_parallel_size, tp=tp, separate_reductions=separate)
 
 
 def _note_reads(model: torch.nn.Module) -> None:
@@ -152,6 +182,8 @@ def bind_optimizer(parts: Parts, full_step: Callable[[], None], *, replicate: bo
     }
     rules = optimizer.rules(params, strategy.arena.forms)
     arena, agree = place_updates(strategy, axis, rules, replicate=replicate)
+    if parts.shards is not None:
+        agree = over_parts(agree, parts.shards.axis, count_once(strategy.arena, parts.shards))
     optimizer.bind(arena, params, full_step, agree)
     if isinstance(optimizer, ClientOptimizer):
         optimizer.evaluator = ClosureEvaluator(parts.core, axis)

@@ -69,7 +69,7 @@ def _require_offered(settings: Settings) -> None:
             )
     sizes = {
         "sequence_parallel_size": settings.sequence_parallel_size,
-        "tensor_parallel.autotp_size": settings.tensor_parallel.autotp_size,
+        "tensor_parallel.autotp_size": settings.tensor_parallel.size,
     }
     for key, size in sizes.items():
         if size > 1:

@@ -74,6 +74,11 @@ class TrainCore:
         self._half_loaded = False
 
     @property
+    def is_alive(self) -> bool:
+        """Whether it is known of no reason why it could not go on."""
+        return self._dead is None
+
+    @property
     def has_gradients(self) -> bool:
         """Whether a backward pass happened since the last step."""
         return self._backwards > 0

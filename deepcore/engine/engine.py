@@ -22,9 +22,11 @@ from deepcore.engine.core import TrainCore, no_gradients, require_loss
 from deepcore.engine.persistence import Persistent
 from deepcore.engine.progress import StepPrinter
 from deepcore.engine.residence import Residence, require_kinds
+from deepcore.engine.tensor import PartRanks
 from deepcore.errors import UsageError
 from deepcore.parallel.randomness import forked
 from deepcore.parallel.sequence.binding import unbind
+from deepcore.parallel.tensor.apply import TensorShards
 from deepcore.precision.casts import ForwardCasts
 from deepcore.zero import holdings
 from deepcore.zero.gather import load_weights
@@ -45,6 +47,7 @@ class Engine(CompiledBlocks, Persistent):
         settings: the parsed config.
         world: this rank's place in the job, and its device.
         mesh: the axes of ranks, and their process groups, of this engine.
+        parts: what is done together with ranks that hold other parts of the layers; None where this one has all.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Engine(CompiledBlocks, Persistent):
         self._destroyed = False
         self._compiled = []
         self._holdings: holdings.Holdings | None = None
+        self.parts: PartRanks | None = None
         self._backward_since_step = False
         self._closed_window = False  # whether the last step() was at a boundary
         self._stepped_by_optimizer = False
@@ -91,6 +95,8 @@ class Engine(CompiledBlocks, Persistent):
                 do="use engine.module to run the model, or build a new engine with deepcore.initialize()",
             )
         self.residence.require_home("forward", "lp_params")
+        if self.parts is not None:
+            self.parts.require_same_inputs((inputs, kwargs))
         with self._printer.measure("forward"), self._casts.region(), self._randomness():
             return self.module(*self._casts.cast(inputs), **self._casts.cast(kwargs))
 
@@ -185,6 +191,7 @@ class Engine(CompiledBlocks, Persistent):
         if self._destroyed:
             return
         self._destroyed = True
+        whole = self.core is None or self.core.is_alive
         self.residence.reload()
         if self._holdings is not None:
             holdings.release(self._holdings)
@@ -195,13 +202,17 @@ class Engine(CompiledBlocks, Persistent):
         restore_blocks(self._compiled)
         unbind(self.module, self.mesh.sp)
         self.residence.release()
+        if self.parts is not None:
+            self.parts.shards.release(whole=whole)
         self.mesh.destroy()
 
     def module_state_dict(self) -> dict[str, Any]:
-        """The module's state dict with whole weights, copied; collective at stage 3."""
+        """The module's state dict with whole weights, copied; collective at stage 3 and under tensor parallelism."""
         self.residence.require_home("module_state_dict", "lp_params")
         with self.strategy.materialize():
             state = self.module.state_dict()
+            if self.parts is not None:
+                state = self.parts.shards.whole_state(state)
             return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -231,6 +242,8 @@ class Engine(CompiledBlocks, Persistent):
         Returns:
             The missing and unexpected keys, as ``load_state_dict`` does.
         """
+        if self.parts is not None:
+            state_dict = self.parts.shards.part_of_state(state_dict)
         return load_weights(self.module, self.strategy, state_dict, strict=strict)
 
     def refresh_masters(self) -> None:
@@ -267,8 +280,17 @@ class Engine(CompiledBlocks, Persistent):
         self._holdings = self.residence.holdings = held
         holdings.register(self.module, held)
 
+    def join_parts(self, shards: TensorShards | None) -> None:
+        """Compute on a part of each layer, together with the ranks that hold the others."""
+        self.parts = None if shards is None else PartRanks(shards)
+
     def _randomness(self) -> AbstractContextManager[None]:
-        """Every rank of a sequence draws its own numbers in the forward pass: it holds other tokens, or other heads."""
+        """Every rank of a sequence draws its own numbers in the forward pass: it holds other tokens, or other heads.
+
+        Ranks that hold parts of layers draw alike, but between two such layers.
+        """
+        if self.parts is not None:
+            return self.parts.randomness(self.mesh.dp.rank, draws=self.training)
         sp = self.mesh.sp
         return nullcontext() if sp.size == 1 else forked(self.device, sp.rank)
 

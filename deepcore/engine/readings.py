@@ -113,6 +113,22 @@ class Readings(torch.nn.Module):
         """The number of parts of a sequence."""
         return self.mesh.sp.size
 
+    def get_tensor_parallel_group(self) -> Any:
+        """The process group of the ranks that hold the other parts of this rank's layers."""
+        return self.mesh.group_of(self.mesh.tp)
+
+    def get_tensor_parallel_rank(self) -> int:
+        """Which part of them this rank holds."""
+        return self.mesh.tp.rank
+
+    def get_tensor_parallel_world_size(self) -> int:
+        """The number of parts."""
+        return self.mesh.tp.size
+
+    get_model_parallel_group = get_tensor_parallel_group
+    get_model_parallel_rank = get_tensor_parallel_rank
+    get_model_parallel_world_size = get_tensor_parallel_world_size
+
     def train_batch_size(self) -> int:
         """Samples per optimizer step over all ranks."""
         return self.clock.train_batch

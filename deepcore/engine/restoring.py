@@ -24,7 +24,7 @@ from deepcore.engine import random_state
 from deepcore.engine.contents import aliases, buffer_fragments, extra_states, weight_fragments
 from deepcore.engine.optimizer_restoring import OptimizerRestorer, require_groups, restore_groups
 from deepcore.engine.saved_state import require_state
-from deepcore.engine.saving import require_folder
+from deepcore.engine.saving import require_folder, require_whole_layers
 from deepcore.errors import CheckpointError
 from deepcore.zero.gather import load_weights
 
@@ -56,6 +56,7 @@ def load(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """``load_checkpoint`` of any engine."""
     root = require_folder(load_dir, "load_dir")
+    require_whole_layers(engine)
     world = engine.mesh.world
     reader = together(lambda: _open(engine, root, tag), world, CheckpointError)
     if reader is None:

@@ -56,6 +56,7 @@ def save(
 ) -> Path:
     """``save_checkpoint`` of any engine."""
     root = require_folder(save_dir, "save_dir")
+    require_whole_layers(engine)
     engine.prepare_to_save()
     tag = _agreed_tag(engine, require_tag(f"global_step{engine.global_steps}" if tag is None else tag))
     world = engine.mesh.world
@@ -69,6 +70,17 @@ def save(
     if engine.global_rank == 0:
         logger().info(f"saved {path}")
     return path
+
+
+def require_whole_layers(engine: Persistent) -> None:
+    """Raise where layers are cut: what a checkpoint says of tensors would be of parts."""
+    if engine.mesh.tp.size > 1:
+        raise UsageError(
+            "checkpoints of tensor-parallel engines are not there yet",
+            got=f"{engine.mesh.tp.size} tensor-parallel ranks",
+            expected="1",
+            do="save engine.module_state_dict(), which is of whole tensors, on rank 0",
+        )
 
 
 def _agreed_tag(engine: Persistent, tag: str) -> str:
@@ -189,6 +201,8 @@ def save_weights(engine: Engine, save_dir: str | Path, filename: str, *, exclude
     for name, param in engine.module.named_parameters():
         if not (exclude_frozen and not param.requires_grad):
             value = whole_weight(param)
+            if engine.parts is not None:
+                value = engine.parts.whole(param, value)
             if engine.global_rank == 0:
                 state[name] = _narrowed(value, low)
     if engine.global_rank == 0:

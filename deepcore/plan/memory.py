@@ -16,6 +16,7 @@ from deepcore.comm.mesh import Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings, load, parse
 from deepcore.engine.assemble import Parts, bind_optimizer, build_parts
+from deepcore.engine.tensor import cut_model
 from deepcore.errors import ConfigError
 from deepcore.optim.client import ClientOptimizer
 from deepcore.sharding import scattered
@@ -88,8 +89,9 @@ def plan_memory(model: torch.nn.Module, config: Any, *, world_size: int, rank: i
 def _planned(model: torch.nn.Module, settings: Settings, world_size: int, rank: int) -> MemoryPlan:
     ghost = _on_meta(model)
     world = World(rank, world_size, rank, world_size, META, "none", owned=False)
-    mesh = Mesh.unconnected(world, sp=settings.sequence_parallel_size)
-    parts = build_parts(ghost, None, None, world, mesh, settings)
+    mesh = Mesh.unconnected(world, sp=settings.sequence_parallel_size, tp=settings.tensor_parallel.size)
+    shards = cut_model(ghost, mesh, settings)
+    parts = build_parts(ghost, None, None, world, mesh, settings, shards=shards)
     arena = bind_optimizer(parts, lambda: None, replicate=settings.zero_optimization.replicate_optimizer)
     return _count(ghost, parts, arena, settings)
 

@@ -6,8 +6,8 @@ Knows nothing of collectives. An engine's entries end with ``release``; the tabl
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from deepcore.comm.mesh import Axis
 from deepcore.errors import UsageError
 from deepcore.optim.factory import EngineOptimizer
+from deepcore.sharding.cuts import Cut
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.layout import Slot
 from deepcore.zero.strategy import ZeroStrategy
@@ -30,6 +31,7 @@ class Holdings:
         groups: the arena's, in its order, then those that nothing updates.
         optimizer: None in an engine that only evaluates.
         unscale: what turns reduced gradients into those of the user's loss, at this moment.
+        cuts: of parameters that are parts of larger tensors, over ranks that are not on ``axis``.
         away: raises, given what is wanted, while states are not where they belong; None while they are.
         open: names of parameters that a ``GatheredParameters`` holds at the moment.
     """
@@ -39,6 +41,7 @@ class Holdings:
     groups: Sequence[FlatGroup]
     optimizer: EngineOptimizer | None
     unscale: Callable[[], torch.Tensor | float] = lambda: 1.0
+    cuts: Mapping[torch.Tensor, Cut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.open: set[str] = set()
@@ -73,6 +76,11 @@ class Held:
     group: FlatGroup | None
     number: int | None
     index: int
+
+    @property
+    def cut(self) -> Cut | None:
+        """Of what larger tensor it is a part, if it is one."""
+        return self.holdings.cuts.get(self.param)
 
     @property
     def slot(self) -> Slot:

@@ -273,8 +273,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "optimizer.params.fp32_optimizer_states": {
         "optimizer": {"type": "Adam", "params": {"fp32_optimizer_states": False}}
     },
-    "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 2}},
-    "tensor_parallel.tp.tp_size": {"tensor_parallel": {"tp": {"tp_size": 2}}},
+    "tensor_parallel.tp.tp_grain_size": {"tensor_parallel": {"tp": {"tp_grain_size": 2}}},
     "log_level": {"log_level": "debug"},
 }
 

@@ -60,6 +60,11 @@ class TensorParallel(Section):
     )
     replace_with_kernel_inject: bool = Field(default=False, description="Replace layers by inference kernels.")
 
+    @property
+    def size(self) -> int:
+        """Ranks that share one copy of the model; 1 means none."""
+        return max(self.autotp_size, self.tp.tp_size, 1)
+
 
 class Pipeline(Section):
     """``pipeline``: used with a pipeline module."""
