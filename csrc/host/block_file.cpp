@@ -5,6 +5,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 #include <cerrno>
+#include <cstring>
 
 #include <algorithm>
 #include <thread>
@@ -119,7 +120,33 @@ Verdict read_some(int file, int64_t offset, const std::vector<Piece>& pieces, in
     return {};
 }
 
+// Every part in a thread of its own, the first one in the caller's.
+template <class Work>
+void in_parts(int64_t parts, const Work& work) {
+    std::vector<std::thread> helpers;
+    for (int64_t part = 1; part < parts; ++part) helpers.emplace_back(work, part);
+    work(0);
+    for (std::thread& helper : helpers) helper.join();
+}
+
+// Bytes [begin, end) of the pieces.
+void copy_some(const std::vector<Piece>& pieces, char* memory, int64_t begin, int64_t end) {
+    int64_t at = 0;
+    for (const Piece& piece : pieces) {
+        const int64_t low = std::max(begin, at), high = std::min(end, at + piece.nbytes);
+        if (low < high) memcpy(memory + low, piece.memory + (low - at), static_cast<size_t>(high - low));
+        at += piece.nbytes;
+    }
+}
+
 }  // namespace
+
+void gather(const std::vector<Piece>& pieces, char* memory, int threads) {
+    constexpr int64_t kLeast = 4 << 20;  // bytes that are worth a thread
+    const int64_t total = nbytes_of(pieces);
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total / kLeast));
+    in_parts(parts, [&](int64_t part) { copy_some(pieces, memory, total * part / parts, total * (part + 1) / parts); });
+}
 
 Failure write_blocks(int file, int64_t offset, const std::vector<Piece>& pieces, int64_t block, uint32_t* sums) {
     const int64_t total = nbytes_of(pieces);
@@ -145,14 +172,10 @@ Verdict read_blocks(int file, int64_t offset, const std::vector<Piece>& pieces, 
     const int64_t num_blocks = (nbytes_of(pieces) + block - 1) / block;
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, num_blocks / 8));
     std::vector<Verdict> verdicts(parts);
-    std::vector<std::thread> helpers;
-    const auto work = [&](int64_t part) {
+    in_parts(parts, [&](int64_t part) {
         verdicts[part] = read_some(file, offset, pieces, block, expected, num_blocks * part / parts,
                                    num_blocks * (part + 1) / parts);
-    };
-    for (int64_t part = 1; part < parts; ++part) helpers.emplace_back(work, part);
-    work(0);
-    for (std::thread& helper : helpers) helper.join();
+    });
     for (const Verdict& verdict : verdicts) {
         if (verdict.failure.code != 0 || verdict.failure.missing != 0 || verdict.bad_block >= 0) return verdict;
     }

@@ -20,6 +20,9 @@ struct Verdict {
     uint32_t found = 0;
 };
 
+// The pieces, one after the other, are copied to `memory`, by several threads.
+void gather(const std::vector<Piece>& pieces, char* memory, int threads);
+
 // The pieces, one after the other, become the file from byte `offset` on. sums: one per block of what is written.
 Failure write_blocks(int file, int64_t offset, const std::vector<Piece>& pieces, int64_t block, uint32_t* sums);
 

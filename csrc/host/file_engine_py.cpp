@@ -77,6 +77,11 @@ PYBIND11_MODULE(deepcore_files, module) {
             }
             return py::make_tuple(failure.code, failure.offset, failure.missing);
         });
+    module.def("gather", [](const Pieces& given, uintptr_t address, int threads) {
+        const std::vector<Piece> pieces = pieces_of(given);
+        const py::gil_scoped_release unlocked;
+        deepcore::gather(pieces, reinterpret_cast<char*>(address), threads);
+    });
     module.def("write_blocks", &write_blocks);
     module.def("read_blocks", &read_blocks);
     module.def("crc32c", [](uint32_t crc, uintptr_t address, int64_t nbytes) {

@@ -98,10 +98,20 @@ void blocks_come_back(int threads) {
     CHECK(write_blocks(-1, 0, cut(bytes, false), kBlock, sums.data()).code != 0);
 }
 
+void pieces_are_copied() {
+    std::vector<char> bytes = noise(40'000'001), found(bytes.size());
+    for (int threads : {1, 3}) {
+        std::fill(found.begin(), found.end(), 0);
+        gather(cut(bytes, false), found.data(), threads);
+        CHECK(found == bytes);
+    }
+}
+
 }  // namespace
 
 int main() {
     known_values();
+    pieces_are_copied();
     the_instruction_agrees_with_the_tables();
     for (int threads : {1, 3}) blocks_come_back(threads);
     return deepcore_test::result();

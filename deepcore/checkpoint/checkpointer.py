@@ -5,23 +5,23 @@ Knows nothing of engines, models or ZeRO: it is given fragments of named tensors
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepcore.checkpoint import folder as folders
-from deepcore.checkpoint.dtypes import DTYPES, NAMES
+from deepcore.checkpoint.dtypes import DTYPES
 from deepcore.checkpoint.fragments import Form, Fragment
-from deepcore.checkpoint.image import Entry, lay_out
-from deepcore.checkpoint.io import write_file
+from deepcore.checkpoint.io import Progress
 from deepcore.checkpoint.manifest import FileRecord, Manifest, Piece, TensorRecord
-from deepcore.checkpoint.plan import Holding, Run, share_out
+from deepcore.checkpoint.part import Part, described, parts_of, words
+from deepcore.checkpoint.progress import quiet
 from deepcore.checkpoint.retention import Retention
 from deepcore.comm.exchange import gather_records
 from deepcore.comm.mesh import Axis
-from deepcore.errors import CheckpointError, CommError
+from deepcore.errors import CheckpointError, CommError, DeepcoreError
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,37 @@ class Content:
     about: Mapping[str, Any]
 
 
-def save(root: Path, tag: str, content: Content, axis: Axis, options: SaveOptions) -> Path:
+def save(
+    root: Path,
+    tag: str,
+    content: Content,
+    axis: Axis,
+    options: SaveOptions,
+    progress: Callable[[int], Progress] = quiet,
+) -> Path:
     """Write a checkpoint. Collective over ``axis``; when it returns, the checkpoint is complete, on every rank.
+
+    Args:
+        progress: from this rank's bytes to what is told how many are done.
 
     Raises:
         CheckpointError: on every rank, if any could not write its part. What was there before still is.
     """
-    staging: folders.Staging | None = None
+    with lost_ranks(root, tag), Save(root, tag, content, axis, options) as under_way:
+        part = under_way.part
+        record = part.write(parts_of(part.image), fsync=options.fsync, advance=progress(part.nbytes))
+        records = gather_records(record, axis)
+        require_no_failure([record["failure"] for record in records], root, axis.ranks)
+        failure = under_way.commit(records)
+        require_no_failure(gather_records(failure, axis), root, axis.ranks)
+    return root / tag
+
+
+@contextmanager
+def lost_ranks(root: Path, tag: str) -> Iterator[None]:
+    """A rank that is gone is an error that says what can still be loaded."""
     try:
-        failure = ""
-        try:
-            staging = folders.Staging(root, tag) if axis.rank == 0 else None
-        except OSError as error:
-            failure = _words(error)
-        offers = gather_records(_offer(content, staging, failure), axis)
-        _require_no_failure([offer["failure"] for offer in offers], root, axis)
-        writing = _Writing(root / offers[0]["folder"], offers, axis.rank)
-        records = gather_records(writing.write(content.fragments, fsync=options.fsync), axis)
-        _require_no_failure([record["failure"] for record in records], root, axis)
-        if staging is not None:
-            try:
-                staging.commit(
-                    _manifest(content, offers, records).to_bytes(), fsync=options.fsync, latest=options.latest
-                )
-                options.retention.apply(root, tag)
-            except OSError as error:
-                failure = _words(error)
-        _require_no_failure(gather_records(failure, axis), root, axis)
+        yield
     except CommError as error:
         raise CheckpointError(
             f"the checkpoint '{tag}' was not written: a rank is gone",
@@ -90,72 +94,63 @@ def save(root: Path, tag: str, content: Content, axis: Axis, options: SaveOption
             expected="all ranks to write their part",
             do=f"start again from what is there: {folders.available(root)}",
         ) from error
-    finally:
-        if staging is not None:
-            staging.abandon()  # nothing, after a commit
-    return root / tag
 
 
-def _offer(content: Content, staging: folders.Staging | None, failure: str) -> dict[str, Any]:
-    """What a rank tells the others before it writes."""
-    forms = [
-        [f.name, NAMES[f.form.dtype], list(f.form.shape), list(f.form.order), f.offset, f.values.numel()]
-        for f in content.fragments
-    ]
-    return {
-        "failure": failure,
-        "folder": "" if staging is None else staging.path.name,
-        "held": forms,
-        "own": content.own,
-    }
+class Save:
+    """A save under way: the ranks have agreed on who writes what, and nothing has its name yet. Made collectively.
 
+    Attributes:
+        part: what this rank writes.
+    """
 
-class _Writing:
-    """One rank's part of a save."""
-
-    def __init__(self, folder: Path, offers: Sequence[Mapping[str, Any]], rank: int) -> None:
-        self._folder = folder
-        held = [
-            [Holding(name, offset, numel, DTYPES[dtype].itemsize) for name, dtype, _, _, offset, numel in offer["held"]]
-            for offer in offers
-        ]
-        self._runs = share_out(held)[rank]
-        self._file = f"rank{rank:05d}.safetensors"
-
-    def write(self, fragments: Sequence[Fragment], *, fsync: bool) -> dict[str, Any]:
-        """Write this rank's runs; a failure is told, not raised, so that no rank waits for another in vain."""
-        entries, places = [], []
-        of_name: dict[str, list[Fragment]] = {}
-        for fragment in fragments:
-            of_name.setdefault(fragment.name, []).append(fragment)
-        for run in self._runs:
-            entries.append(_entry(run, of_name[run.name]))
-            places.append([run.name, run.offset, run.numel])
-        if not entries:
-            return {"failure": "", "file": None, "places": []}
+    def __init__(self, root: Path, tag: str, content: Content, axis: Axis, options: SaveOptions) -> None:
+        self._root, self._tag, self._options = root, tag, options
+        self._state, self._about = content.state, content.about
+        self._staging: folders.Staging | None = None
+        failure = ""
         try:
-            image = lay_out(entries)
-            record = write_file(self._folder / self._file, image, fsync=fsync)
-            if fsync:
-                folders.sync_folder(self._folder)
+            self._staging = folders.Staging(root, tag) if axis.rank == 0 else None
         except OSError as error:
-            return {"failure": _words(error), "file": None, "places": []}
-        file = [record.name, record.nbytes, record.block, list(record.sums), record.algorithm]
-        placed = [[*place, image.begins[entry.name]] for place, entry in zip(places, entries, strict=True)]
-        return {"failure": "", "file": file, "places": placed}
+            failure = words(error)
+        folder = "" if self._staging is None else self._staging.path.name
+        mine = {"failure": failure, "folder": folder, "held": described(content.fragments), "own": content.own}
+        try:
+            self._offers = gather_records(mine, axis)
+            require_no_failure([offer["failure"] for offer in self._offers], root, axis.ranks)
+            held = [offer["held"] for offer in self._offers]
+            self.part = Part(root / self._offers[0]["folder"], axis.rank, held, content.fragments)
+        except DeepcoreError:
+            self.abandon()
+            raise
+
+    def commit(self, records: Sequence[Mapping[str, Any]]) -> str:
+        """On the first rank: let the checkpoint appear. Returns what went wrong; nothing happens on other ranks."""
+        if self._staging is None:
+            return ""
+        options = self._options
+        try:
+            manifest = _manifest(self._state, self._about, self._offers, records)
+            self._staging.commit(manifest.to_bytes(), fsync=options.fsync, latest=options.latest)
+            options.retention.apply(self._root, self._tag)
+        except OSError as error:
+            return words(error)
+        return ""
+
+    def abandon(self) -> None:
+        """Remove everything that was not committed."""
+        if self._staging is not None:
+            self._staging.abandon()
+
+    def __enter__(self) -> Save:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
 
 
-def _entry(run: Run, held: Sequence[Fragment]) -> Entry:
-    """The run as a tensor of the file: in its own shape where that says it all, else 1-D, and named for its place."""
-    fragment = next(f for f in held if f.offset <= run.offset and run.offset + run.numel <= f.offset + f.values.numel())
-    begin = run.offset - fragment.offset
-    values = fragment.values[begin : begin + run.numel]
-    if run.numel == fragment.form.numel and fragment.form.is_plain:
-        return Entry(run.name, fragment.form.shape, values)
-    return Entry(f"{run.name}[{run.offset}:{run.offset + run.numel}]", (run.numel,), values)
-
-
-def _manifest(content: Content, offers: Sequence[Any], records: Sequence[Any]) -> Manifest:
+def _manifest(
+    state: Mapping[str, Any], about: Mapping[str, Any], offers: Sequence[Any], records: Sequence[Any]
+) -> Manifest:
     files: list[FileRecord] = []
     numbers: dict[int, int] = {}
     for rank, record in enumerate(records):
@@ -178,13 +173,12 @@ def _manifest(content: Content, offers: Sequence[Any], records: Sequence[Any]) -
     }
     for name, tensor in tensors.items():
         assert sum(piece.numel for piece in tensor.pieces) == tensor.form.numel, f"'{name}' is whole, over all ranks"
-    state = {**content.state, "ranks": [offer["own"] for offer in offers]}
-    return Manifest(tuple(files), tensors, state, content.about)
+    return Manifest(tuple(files), tensors, {**state, "ranks": [offer["own"] for offer in offers]}, about)
 
 
-def _require_no_failure(failures: Iterable[str], root: Path, axis: Axis) -> None:
+def require_no_failure(failures: Iterable[str], root: Path, ranks: Sequence[int]) -> None:
     """Raise on every rank where one failed."""
-    told = [(axis.ranks[index], text) for index, text in enumerate(failures) if text]
+    told = [(ranks[index], text) for index, text in enumerate(failures) if text]
     if told:
         rank, text = told[0]
         raise CheckpointError(
@@ -193,10 +187,6 @@ def _require_no_failure(failures: Iterable[str], root: Path, axis: Axis) -> None
             expected="a folder that all ranks share, with room",
             do=f"make room or choose another folder, and save again; {folders.available(root)}",
         )
-
-
-def _words(error: OSError) -> str:
-    return f"{error.strerror or type(error).__name__}: {error.filename or ''}".rstrip(": ")
 
 
 def newest(root: Path) -> str | None:

@@ -152,6 +152,16 @@ def watch() -> Watch | None:
     return _state.watch
 
 
+def held_watch() -> Watch | None:
+    """The watch, if there is one; from any thread, and makes none."""
+    return _state.watch
+
+
+def timeout() -> timedelta:
+    """How long a collective of this world may take."""
+    return _state.timeout
+
+
 def destroy() -> None:
     """Leave the world that we joined; an adopted one, and no world at all, are left alone."""
     world = current_world()

@@ -88,7 +88,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt("checkpoint.load_universal", _on, _REMOVE),
     Unbuilt("checkpoint.use_node_local_storage", _on, _REMOVE),
     Unbuilt("checkpoint.parallel_write.pipeline_stage", _on, _REMOVE),
-    Unbuilt("checkpoint.async", _on, _REMOVE),
     Unbuilt("compile.deepcompile", _on, _REMOVE),
     Unbuilt("aio.use_gds", _on, _REMOVE),
     Unbuilt("elasticity.enabled", _on, "set the batch sizes yourself"),

@@ -186,11 +186,7 @@ class Engine(CompiledBlocks, Persistent):
         with self._require_core("no_sync").no_sync():
             yield
 
-    def destroy(self) -> None:
-        """Release hooks, gradients and process groups that this engine made. The module stays usable."""
-        if self._destroyed:
-            return
-        self._destroyed = True
+    def _tear_down(self) -> None:
         whole = self.core is None or self.core.is_alive
         self.residence.reload()
         if self._holdings is not None:

@@ -5,12 +5,15 @@ Knows nothing of what a checkpoint holds (``saving``, ``restoring``) or of how a
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from deepcore.checkpoint.background import BackgroundSaver
+from deepcore.comm.letters import letters
 from deepcore.engine import restoring, saving
 from deepcore.engine.accounting import Accounting
 from deepcore.engine.restoring import LoadOptions
@@ -30,6 +33,8 @@ class Persistent(Accounting):
     strategy: ZeroStrategy
     lr_scheduler: Any
     training_dataloader: Any
+    _saver: BackgroundSaver | None = None
+    _destroyed: bool
 
     def save_checkpoint(
         self,
@@ -41,7 +46,8 @@ class Persistent(Accounting):
     ) -> bool:
         """Write everything that a run needs to go on, into ``save_dir/tag``. Collective.
 
-        Any later engine loads it, whatever its ranks, stage and precision. It appears whole or not at all.
+        Any later engine loads it, whatever its ranks, stage and precision. It appears whole or not at all. With
+        ``"checkpoint": {"async": true}`` this returns once the state is copied, and the writing goes on in a thread.
 
         Args:
             save_dir: folder that all ranks share.
@@ -51,7 +57,8 @@ class Persistent(Accounting):
             exclude_frozen_parameters: leave those out.
 
         Raises:
-            CheckpointError: on every rank, if any could not write. What was there before still is.
+            CheckpointError: on every rank, if any could not write, now or in the asynchronous save before. What was
+                there before still is.
         """
         saving.save(
             self, save_dir, tag, client_state, save_latest=save_latest, exclude_frozen=exclude_frozen_parameters
@@ -89,6 +96,42 @@ class Persistent(Accounting):
             load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
         )
         return restoring.load(self, load_dir, tag, options)
+
+    def wait_for_save(self) -> None:
+        """Return when the last asynchronous save is complete. On every rank alike.
+
+        Raises:
+            CheckpointError: on every rank, once, if any could not write. What was there before still is.
+        """
+        if self._saver is not None:
+            self._saver.wait()
+
+    def background_saver(self) -> BackgroundSaver:
+        """What saves this engine asynchronously; made at the first call. Collective."""
+        if self._saver is None:
+            self._saver = BackgroundSaver(self.mesh.world, letters())
+        return self._saver
+
+    def destroy(self) -> None:
+        """Release hooks, gradients, buffers and process groups that this engine made. The module stays usable.
+
+        Raises:
+            CheckpointError: as ``wait_for_save``; everything is released all the same.
+        """
+        if self._destroyed:
+            return
+        self._destroyed = True
+        try:
+            self.wait_for_save()
+        finally:
+            if self._saver is not None:
+                self._saver.close()
+                self._saver = None
+            self._tear_down()
+
+    @abstractmethod
+    def _tear_down(self) -> None:
+        """``destroy``, of what is an engine's own."""
 
     def saves_here(self, name: str) -> bool:
         """Whether this rank's word counts for a buffer that ranks with other layers may hold too, in their own way."""

@@ -296,11 +296,7 @@ class PipelineEngine(Persistent):
             self.core.clear()
         self.module.zero_grad(set_to_none=True)
 
-    def destroy(self) -> None:
-        """Release gradients, buffers and process groups that this engine made. The module stays usable."""
-        if self._destroyed:
-            return
-        self._destroyed = True
+    def _tear_down(self) -> None:
         if self._holdings is not None:
             holdings.release(self._holdings)
         if self.core is not None:

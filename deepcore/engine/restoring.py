@@ -15,6 +15,7 @@ import torch
 from deepcore.base.log import logger
 from deepcore.checkpoint import checkpointer
 from deepcore.checkpoint import folder as folders
+from deepcore.checkpoint.background import settle_all
 from deepcore.checkpoint.encoding import Decoder
 from deepcore.checkpoint.fragments import Fragment, in_shape
 from deepcore.checkpoint.names import BUFFERS, WEIGHTS, state_dict
@@ -57,6 +58,8 @@ def load(
     """``load_checkpoint`` of any engine."""
     root = require_folder(load_dir, "load_dir")
     require_whole_layers(engine)
+    engine.wait_for_save()
+    settle_all()
     world = engine.mesh.world
     reader = together(lambda: _open(engine, root, tag), world, CheckpointError)
     if reader is None:

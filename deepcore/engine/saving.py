@@ -23,6 +23,7 @@ from deepcore.checkpoint.export import require_model_file, write_model
 from deepcore.checkpoint.folder import require_tag
 from deepcore.checkpoint.fragments import Fragment, in_shape, whole
 from deepcore.checkpoint.names import BUFFERS
+from deepcore.checkpoint.progress import lines_of
 from deepcore.checkpoint.retention import Retention
 from deepcore.comm.exchange import gather_records, together
 from deepcore.engine import random_state
@@ -57,6 +58,7 @@ def save(
     """``save_checkpoint`` of any engine."""
     root = require_folder(save_dir, "save_dir")
     require_whole_layers(engine)
+    engine.wait_for_save()
     engine.prepare_to_save()
     tag = _agreed_tag(engine, require_tag(f"global_step{engine.global_steps}" if tag is None else tag))
     world = engine.mesh.world
@@ -66,7 +68,10 @@ def save(
     options = SaveOptions(
         fsync=section.fsync, latest=save_latest, retention=Retention(section.keep_last, section.keep_every)
     )
-    path = checkpointer.save(root, tag, content, world, options)
+    lines = lines_of(f"saving {root / tag}", speaks=engine.global_rank == 0)
+    if section.async_:
+        return engine.background_saver().save(root, tag, content, options, lines)
+    path = checkpointer.save(root, tag, content, world, options, lines)
     if engine.global_rank == 0:
         logger().info(f"saved {path}")
     return path

@@ -86,6 +86,17 @@ def _module() -> Any:
         return None
 
 
+def gather(pieces: Sequence[Piece], address: int, threads: int) -> None:
+    """Copy the pieces, one after the other, to memory."""
+    module = _module()
+    if module is not None:
+        module.gather(list(pieces), address, threads)
+        return
+    for source, nbytes in pieces:
+        ctypes.memmove(address, source, nbytes)
+        address += nbytes
+
+
 class _Native:
     algorithm = CRC32C
 

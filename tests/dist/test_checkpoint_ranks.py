@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deepcore.checkpoint import folder as folders
 from deepcore.checkpoint import io
 from deepcore.errors import CheckpointError, UsageError
 from tests.dist.pool import RankDiedError, run_ranks
@@ -43,6 +45,64 @@ class Full:
 
 def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path, hostile: bool) -> None:
     assert set(run_ranks(2, fail_on_rank_1, tmp_path, hostile=hostile)) == {"latest,one,two"}
+
+
+def fail_in_the_background(folder: Path) -> list[str]:
+    """Rank 1 cannot write what it copied: both ranks hear of it at the next call, and training went on meanwhile."""
+    engine = start(Layout(2, 2, background=True), "adamw", seed=1)
+    engine.save_checkpoint(folder, tag="one")
+    run(engine, 0, 1)
+    engine.wait_for_save()
+    with pytest.MonkeyPatch.context() as patch:
+        if engine.global_rank == 1:
+            patch.setattr(io.block_file, "for_writing", Full)
+        engine.save_checkpoint(folder, tag="two")
+        run(engine, 1, 3)
+        with pytest.raises(CheckpointError, match=r"(?s)rank 1 could not.*No space.*complete checkpoints there.*one"):
+            engine.save_checkpoint(folder, tag="three")
+    engine.save_checkpoint(folder, tag="four")
+    engine.destroy()
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failure_in_the_background_is_raised_on_all(tmp_path: Path, hostile: bool) -> None:
+    for names in run_ranks(2, fail_in_the_background, tmp_path, hostile=hostile):
+        assert names == ["four", "latest", "one"]
+
+
+class Waiting:
+    """Transfers that begin when a file is there."""
+
+    algorithm = "crc32c"
+
+    def __init__(self, sign: Path) -> None:
+        self._sign, self._real = sign, io.block_file.PythonTransfers("crc32c")
+
+    def write(self, *args: Any) -> Any:
+        while not self._sign.exists():
+            time.sleep(0.01)
+        return self._real.write(*args)
+
+
+def commit_waits_for_all(folder: Path) -> None:
+    engine = start(Layout(3, 2, background=True), "adamw", seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        if engine.global_rank == 1:
+            patch.setattr(io.block_file, "for_writing", lambda: Waiting(folder / "sign"))
+        engine.save_checkpoint(folder / "saves", tag="one")
+        run(engine, 0, 2)
+        assert folders.tags(folder / "saves") == []
+        assert not (folder / "saves" / "latest").exists()
+        run(engine, 2, 3)  # a collective after the look: the sign comes later
+        (folder / "sign").touch()
+        engine.wait_for_save()
+    assert folders.read_latest(folder / "saves") == "one"
+    engine.destroy()
+
+
+def test_nothing_appears_before_every_rank_has_written(tmp_path: Path, hostile: bool) -> None:
+    run_ranks(2, commit_waits_for_all, tmp_path, hostile=hostile)
+    run_ranks(1, resume, Layout(0, 1), "adamw", tmp_path / "saves", 1)
 
 
 def load_damaged(folder: Path) -> None:
@@ -101,18 +161,23 @@ class Fatal:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_while_writing(folder: Path, victim: int, late: bool) -> None:
-    engine = start(LAYOUT, "adamw", seed=1)
+def die_while_writing(folder: Path, victim: int, late: bool, background: bool) -> None:
+    engine = start(LAYOUT._replace(background=background), "adamw", seed=1)
     engine.save_checkpoint(folder, tag="one")
+    engine.wait_for_save()
     if engine.global_rank == victim:
         io.block_file.for_writing = lambda: Fatal(late)  # type: ignore[assignment, return-value]
     engine.save_checkpoint(folder, tag="two")
+    run(engine, 0, 20)
+    engine.destroy()
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(("victim", "late"), [(0, False), (0, True), (1, False), (1, True)])
-def test_a_rank_that_is_killed_leaves_the_last_checkpoint(victim: int, late: bool, tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_leaves_the_last_checkpoint(victim: int, late: bool, background: bool, tmp_path: Path
+) -> None:
     with pytest.raises(RankDiedError):
-        run_ranks(2, die_while_writing, tmp_path, victim, late)
+        run_ranks(2, die_while_writing, tmp_path, victim, late, background)
     assert (tmp_path / "latest").read_text() == "one"
     run_ranks(1, resume, Layout(0, 1), "adamw", tmp_path, 1)

@@ -26,6 +26,7 @@ class Layout(NamedTuple):
     world: int
     precision: str = "fp32"
     replicate: bool = False
+    background: bool = False  # save asynchronously
 
     def config(self, recipe: str) -> dict[str, Any]:
         return {
@@ -34,7 +35,7 @@ class Layout(NamedTuple):
             "bf16": {"enabled": self.precision == "bf16"},
             "fp16": {"enabled": self.precision == "fp16", "initial_scale_power": 7, "loss_scale_window": 2},
             "gradient_clipping": 1.0,
-            "checkpoint": {"fsync": False},
+            "checkpoint": {"fsync": False, "async": self.background},
             "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_max_lr": 1e-2}},
             "zero_optimization": {
                 "stage": self.stage,

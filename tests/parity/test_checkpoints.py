@@ -47,7 +47,9 @@ def check(source: Layout, target: Layout, recipe: str, saved: dict[str, Any], fo
 def test_any_topology_loads_any_other(number: int, tmp_path: Path) -> None:
     row, recipe = ROWS[number], ORDER[number % len(ORDER)]
     precision = ("fp32", "fp32", "bf16", "fp16")[number // 2 % 4]
-    source = Layout(row["from_stage"], row["from_world"], precision, replicate=number % 5 == 4)
+    source = Layout(
+        row["from_stage"], row["from_world"], precision, replicate=number % 5 == 4, background=number % 3 == 1
+    )
     target = Layout(row["to_stage"], row["to_world"], precision, replicate=number % 7 == 6)
     saved = run_ranks(source.world, save, source, recipe, tmp_path, hostile=number % 2 == 0)
     found = run_ranks(target.world, resume, target, recipe, tmp_path, hostile=number % 2 == 1)

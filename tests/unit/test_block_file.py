@@ -98,3 +98,15 @@ def test_without_a_compiler_crc32_is_written_and_crc32c_still_read(
     for _ in range(2):
         assert block_file.for_reading(CRC32C, verify=True).algorithm == CRC32C
     assert sum("slow" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_pieces_are_copied(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(block_file, "_module", lambda: None)
+    tensors = [noise(nbytes) for nbytes in (*SIZES, 9_000_001)]
+    whole = torch.cat(tensors)
+    found = torch.zeros(len(whole) + 1, dtype=torch.uint8)
+    block_file.gather(pieces_of(tensors), found.data_ptr(), 3)
+    assert torch.equal(found[:-1], whole)
+    assert found[-1] == 0

@@ -143,12 +143,12 @@ def save_for_ever(root: Path, numel: int) -> None:
         save(root, f"global_step{step % 3}", float(step), numel, retention=Retention(keep_last=2))
 
 
-def killed(root: Path, seconds: float) -> None:
+def killed(root: Path, seconds: float, work: Callable[[Path, int], None]) -> None:
     """Save again and again in a process of its own, and end that by SIGKILL."""
     child = os.fork()
     if child == 0:
         try:
-            save_for_ever(root, 200_000)
+            work(root, 200_000)
         finally:
             os._exit(1)
     time.sleep(seconds)
@@ -156,11 +156,11 @@ def killed(root: Path, seconds: float) -> None:
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it was saving until then"
 
 
-def check_kills(root: Path, count: int, seed: int) -> None:
+def check_kills(root: Path, count: int, seed: int, work: Callable[[Path, int], None] = save_for_ever) -> None:
     draw, best = random.Random(seed), 0.0
     save(root, "global_step0", 0.0)
     for _ in range(count):
-        killed(root, draw.uniform(0.005, 0.06))
+        killed(root, draw.uniform(0.005, 0.06), work)
         tag = checkpointer.newest(root)
         assert tag is not None
         best = value_of(root / tag)
