@@ -6,7 +6,6 @@ goes on in its own order.
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,6 @@ from deepcore.errors import CheckpointError, CommError
 from deepcore.ops import block_file
 
 _live: weakref.WeakSet[BackgroundSaver] = weakref.WeakSet()
-_serials = itertools.count()
 
 
 class BackgroundSaver:
@@ -42,7 +40,6 @@ class BackgroundSaver:
         self._axis, self._letters = axis, letters
         self._memory = HostMemory()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="deepcore-save")
-        self._serial, self._count = next(_serials), itertools.count()
         self._under_way: Future[None] | None = None
         _live.add(self)
 
@@ -71,7 +68,7 @@ class BackgroundSaver:
         except (MemoryError, RuntimeError) as error:  # torch's allocator raises the latter
             record = failed(f"no host memory for {save.part.nbytes:,} bytes: {error}".splitlines()[0])
         save.part.image = None  # its tensors are those that train
-        write = _Write(save, root, tag, self._letters, f"save/{self._serial}/{next(self._count)}", self._axis.ranks)
+        write = _Write(save, root, tag, self._letters, self._axis.ranks)
         line = progress(save.part.nbytes)
         self._under_way = self._threads.submit(write.run, record, held, fsync=options.fsync, advance=line)
         return root / tag
@@ -112,9 +109,9 @@ def settle_all() -> None:
 class _Write:
     """One save, in the thread."""
 
-    def __init__(self, save: Save, root: Path, tag: str, letters: Letters, topic: str, ranks: tuple[int, ...]) -> None:
+    def __init__(self, save: Save, root: Path, tag: str, letters: Letters, ranks: tuple[int, ...]) -> None:
         self._save, self._root, self._tag, self._letters = save, root, tag, letters
-        self._topic, self._ranks = topic, ranks
+        self._ranks = ranks
 
     def run(self, record: dict[str, Any] | None, held: list[torch.Tensor], *, fsync: bool, advance: Progress) -> None:
         """Write, agree, commit."""
@@ -134,18 +131,18 @@ class _Write:
     def _agree(self, record: dict[str, Any]) -> list[str]:
         """Every rank's failure, "" where there is none; the commit lies between hearing of them and saying so."""
         try:
-            records = self._letters.gather(self._topic, record)
+            records = self._letters.gather(self._save.name, record)
         except CommError as error:
             if self._letters.is_first:  # those who wait for the verdict get one
-                self._letters.announce(self._topic, [error.what])
+                self._letters.announce(self._save.name, [error.what])
             raise
         if records is None:
-            heard: list[str] = self._letters.hear(self._topic)
+            heard: list[str] = self._letters.hear(self._save.name)
             return heard
         failures = [str(record["failure"]) for record in records]
         if not any(failures):
             failures[0] = self._save.commit(records)
-        self._letters.announce(self._topic, failures)
+        self._letters.announce(self._save.name, failures)
         return failures
 
 

@@ -100,6 +100,7 @@ class Save:
     """A save under way: the ranks have agreed on who writes what, and nothing has its name yet. Made collectively.
 
     Attributes:
+        name: of this save alone, the same on every rank.
         part: what this rank writes.
     """
 
@@ -117,8 +118,9 @@ class Save:
         try:
             self._offers = gather_records(mine, axis)
             require_no_failure([offer["failure"] for offer in self._offers], root, axis.ranks)
+            self.name: str = self._offers[0]["folder"]
             held = [offer["held"] for offer in self._offers]
-            self.part = Part(root / self._offers[0]["folder"], axis.rank, held, content.fragments)
+            self.part = Part(root / self.name, axis.rank, held, content.fragments)
         except DeepcoreError:
             self.abandon()
             raise

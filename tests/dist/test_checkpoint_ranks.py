@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deepcore.checkpoint import folder as folders
 from deepcore.checkpoint import io
+from deepcore.checkpoint.background import BackgroundSaver
+from deepcore.checkpoint.checkpointer import SaveOptions
+from deepcore.comm.letters import Letters
+from deepcore.comm.setup import DEFAULT_TIMEOUT
 from deepcore.errors import CheckpointError, UsageError
 from tests.dist.pool import RankDiedError, run_ranks
+from tests.unit.test_checkpoint_files import content, solo
 from tests.parity.resuming import Layout, everything, resume, run, start
 
 LAYOUT = Layout(2, 2)
@@ -45,6 +51,23 @@ class Full:
 
 def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path, hostile: bool) -> None:
     assert set(run_ranks(2, fail_on_rank_1, tmp_path, hostile=hostile)) == {"latest,one,two"}
+
+
+def save_after_another_past(folder: Path) -> None:
+    """One of the processes has saved before, alone: their counters are not alike."""
+    if torch.distributed.get_rank() == 1:
+        one = BackgroundSaver(solo(), Letters(None, 0, 1, DEFAULT_TIMEOUT))
+        one.save(folder / "alone", "tag", content(1), SaveOptions(fsync=False))
+        one.wait()
+        one.close()
+    engine = start(Layout(1, 2, background=True), "adamw", seed=1)
+    engine.save_checkpoint(folder / "saves")
+    engine.destroy()
+
+
+def test_ranks_with_unlike_histories_save_together(tmp_path: Path) -> None:
+    run_ranks(2, save_after_another_past, tmp_path)
+    assert folders.read_latest(tmp_path / "saves") == "global_step0"
 
 
 def fail_in_the_background(folder: Path) -> list[str]:
