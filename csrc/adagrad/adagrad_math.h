@@ -14,14 +14,14 @@ struct AdagradFactors {  // AdagradScalars, spread over the lanes of V
 struct Adagrad {
     enum Column { kLr, kLrDecay, kEps, kWeightDecay, kColumns };  // as in reference/adagrad.py
     static constexpr int kStates = 1, kForms = 2;                 // form 1: with decay
-    static constexpr bool kReadsGrads = true, kWritesStates = true;
+    static constexpr bool kReadsGrads = true, kWritesStates = true, kNarrowStates = false;
     using Scalars = AdagradScalars;
     template <class V>
     using Factors = AdagradFactors<V>;
 
-    DEEPCORE_FN int states(int) { return kStates; }
+    DEEPCORE_FN constexpr int states(int) { return kStates; }
 
-    DEEPCORE_FN AdagradScalars scalars(const double* row, double t, float grad_scale, bool) {
+    DEEPCORE_FN AdagradScalars scalars(const double* row, double t, float grad_scale, int) {
         AdagradScalars s;
         s.grad_scale = grad_scale;
         s.decay = static_cast<float>(row[kWeightDecay]);

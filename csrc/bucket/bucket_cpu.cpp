@@ -10,11 +10,6 @@ namespace {
 
 constexpr int kTogether = 4;  // vectors of each part that are read in a row
 
-template <class To>
-DEEPCORE_FN bool aligned(const To* to) {
-    return reinterpret_cast<uintptr_t>(to) % (kWidth * sizeof(To)) == 0;
-}
-
 template <bool streaming, class V, class To>
 DEEPCORE_FN void keep(To* to, V x) {
     if constexpr (streaming) {

@@ -77,6 +77,7 @@ DEEPCORE_FN void store(f16* to, float x) { to->bits = narrow_half(x); }
 
 DEEPCORE_FN void splat(float value, float& x) { x = value; }
 DEEPCORE_FN float root(float x) { return __builtin_sqrtf(x); }
+DEEPCORE_FN float larger(float a, float b) { return a > b ? a : b; }  // b where either is NaN, or both are zero
 DEEPCORE_FN float sign(float x) { return static_cast<float>((x > 0) - (x < 0)); }  // 0 for NaN
 
 DEEPCORE_FN void load(const float* from, double& x) { x = *from; }

@@ -7,6 +7,7 @@
 namespace deepcore {
 namespace DEEPCORE_ISA {
 
+using ::deepcore::larger;
 using ::deepcore::load;  // the scalar forms, which the overloads below would otherwise hide
 using ::deepcore::root;
 using ::deepcore::sign;
@@ -48,6 +49,12 @@ namespace deepcore {
 namespace DEEPCORE_ISA {
 
 constexpr int64_t kWidth = sizeof(vec) / sizeof(float);
+
+// Whether `stream` may write a whole vector there.
+template <class To>
+DEEPCORE_FN bool aligned(const To* to) {
+    return reinterpret_cast<uintptr_t>(to) % (kWidth * sizeof(To)) == 0;
+}
 
 }  // namespace DEEPCORE_ISA
 }  // namespace deepcore

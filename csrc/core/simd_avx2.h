@@ -21,6 +21,7 @@ DEEPCORE_FN vec operator+(vec a, vec b) { return {_mm256_add_ps(a.value, b.value
 DEEPCORE_FN vec operator-(vec a, vec b) { return {_mm256_sub_ps(a.value, b.value)}; }
 DEEPCORE_FN vec operator*(vec a, vec b) { return {_mm256_mul_ps(a.value, b.value)}; }
 DEEPCORE_FN vec operator/(vec a, vec b) { return {_mm256_div_ps(a.value, b.value)}; }
+DEEPCORE_FN vec larger(vec a, vec b) { return {_mm256_max_ps(a.value, b.value)}; }
 DEEPCORE_FN vec root(vec a) { return {_mm256_sqrt_ps(a.value)}; }
 DEEPCORE_FN vec sign(vec a) {
     const __m256 one = _mm256_or_ps(_mm256_and_ps(a.value, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));

@@ -30,6 +30,7 @@ DEEPCORE_FN vec operator+(vec a, vec b) { return {_mm512_add_ps(a.value, b.value
 DEEPCORE_FN vec operator-(vec a, vec b) { return {_mm512_sub_ps(a.value, b.value)}; }
 DEEPCORE_FN vec operator*(vec a, vec b) { return {_mm512_mul_ps(a.value, b.value)}; }
 DEEPCORE_FN vec operator/(vec a, vec b) { return {_mm512_div_ps(a.value, b.value)}; }
+DEEPCORE_FN vec larger(vec a, vec b) { return {_mm512_max_ps(a.value, b.value)}; }
 DEEPCORE_FN vec root(vec a) { return {_mm512_sqrt_ps(a.value)}; }
 DEEPCORE_FN vec sign(vec a) {
     const __m512 one = _mm512_or_ps(_mm512_and_ps(a.value, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));

@@ -21,6 +21,7 @@ DEEPCORE_FN vec operator+(vec a, vec b) { return {vaddq_f32(a.value, b.value)}; 
 DEEPCORE_FN vec operator-(vec a, vec b) { return {vsubq_f32(a.value, b.value)}; }
 DEEPCORE_FN vec operator*(vec a, vec b) { return {vmulq_f32(a.value, b.value)}; }
 DEEPCORE_FN vec operator/(vec a, vec b) { return {vdivq_f32(a.value, b.value)}; }
+DEEPCORE_FN vec larger(vec a, vec b) { return {vbslq_f32(vcgtq_f32(a.value, b.value), a.value, b.value)}; }
 DEEPCORE_FN vec root(vec a) { return {vsqrtq_f32(a.value)}; }
 DEEPCORE_FN vec sign(vec a) {
     const float32x4_t zero = vdupq_n_f32(0), one = vdupq_n_f32(1);

@@ -9,7 +9,7 @@
 namespace deepcore {
 namespace {
 
-constexpr int64_t kUpdateCapacity = 600;  // tensors per launch; their addresses take 24 KB of the 32 KB of parameters
+constexpr int64_t kUpdateCapacity = 600;  // tensors per launch; their addresses take 28 KB of the 32 KB of parameters
 constexpr int kUpdateBlocksPerSm = 3;     // at most 80 registers; 768 threads with four loads each fill the memory
 
 struct UpdateBatch {
@@ -19,7 +19,7 @@ struct UpdateBatch {
     const Segment* segments;
     int64_t num_segments;
     const void* scalars;
-    DType param_dtype, grad_dtype, copy_dtype;
+    DType param_dtype, grad_dtype, state_dtype, copy_dtype;
 };
 
 static_assert(sizeof(UpdateBatch) <= 32764, "the limit of kernel parameters");
@@ -28,7 +28,7 @@ static_assert(sizeof(UpdateBatch) <= 32764, "the limit of kernel parameters");
 template <class Formula>
 struct UpdateElements {
     TypedPointer param, grad, copy;
-    float* states[kMaxStates];
+    TypedPointer states[Formula::kStates];
     int num_states;  // that this segment's form touches
 
     __device__ __forceinline__ int lead() const {
@@ -37,7 +37,7 @@ struct UpdateElements {
                     (copy.dtype == DType::none || copy.to_boundary() == lead);
 #pragma unroll
         for (int k = 0; k < Formula::kStates; ++k) {
-            if (k < num_states) same = same && elements_to_boundary<kTypedPack>(states[k]) == lead;
+            if (k < num_states) same = same && states[k].to_boundary() == lead;
         }
         return same ? lead : -1;
     }
@@ -47,24 +47,27 @@ struct UpdateElements {
         const RawElements<width> raw_param = fetch<width>(param, i);
         RawElements<width> raw_grad = {};
         if constexpr (Formula::kReadsGrads) raw_grad = fetch<width>(grad, i);
-        float old_states[kMaxStates][width] = {}, params[width], grads[width];
+        RawElements<width> raw_states[Formula::kStates] = {};
+        float new_states[kMaxStates][width] = {}, params[width], grads[width];
 #pragma unroll
         for (int k = 0; k < Formula::kStates; ++k) {
-            if (k < num_states) fetch(states[k] + i, old_states[k]);
+            if (k < num_states) raw_states[k] = fetch<width>(states[k], i);
         }
         widen(raw_param, param.dtype, params);
         widen(raw_grad, grad.dtype, grads);
 #pragma unroll
+        for (int k = 0; k < Formula::kStates; ++k) widen(raw_states[k], states[k].dtype, new_states[k]);
+#pragma unroll
         for (int j = 0; j < width; ++j) {
             float element_states[kMaxStates];
-            for (int k = 0; k < kMaxStates; ++k) element_states[k] = old_states[k][j];
+            for (int k = 0; k < kMaxStates; ++k) element_states[k] = new_states[k][j];
             Formula::element(params[j], grads[j], element_states, factors, form);
-            for (int k = 0; k < kMaxStates; ++k) old_states[k][j] = element_states[k];
+            for (int k = 0; k < kMaxStates; ++k) new_states[k][j] = element_states[k];
         }
         keep(param, i, params);
 #pragma unroll
         for (int k = 0; k < Formula::kStates; ++k) {
-            if (Formula::kWritesStates && k < num_states) keep(states[k] + i, old_states[k]);
+            if (Formula::kWritesStates && k < num_states) keep(states[k], i, new_states[k]);
         }
         keep(copy, i, params);
     }
@@ -95,7 +98,9 @@ __global__ void __launch_bounds__(kBlockThreads, kUpdateBlocksPerSm)
                                         Formula::states(scalars.form)};
 #pragma unroll
     for (int k = 0; k < Formula::kStates; ++k) {
-        if (k < elements.num_states) elements.states[k] = tensor.states[k] + span.begin;
+        const DType dtype = Formula::kNarrowStates ? batch.state_dtype : DType::f32;
+        elements.states[k] = {nullptr, dtype};
+        if (k < elements.num_states) elements.states[k] = typed(tensor.states[k], dtype, span.begin);
     }
     const auto factors = Formula::template spread<float>(scalars);
     for_each_pack<kTypedPack>(
@@ -120,6 +125,7 @@ const char* for_each_update_batch(const UpdateArgs& args, const Launch& launch) 
     batch.scalars = args.scalars;
     batch.param_dtype = args.param_dtype;
     batch.grad_dtype = args.grad_dtype;
+    batch.state_dtype = args.state_dtype;
     batch.copy_dtype = args.copy_dtype;
     return for_each_batch(args.chunk_offsets, args.num_tensors, kUpdateCapacity,
                           [&](int64_t first, int64_t count, int64_t chunk, unsigned blocks) {

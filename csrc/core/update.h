@@ -1,8 +1,8 @@
 // Owns the arguments of kernels that update parameters element by element, and the scalars of their segments.
 // Knows nothing of any one formula. A formula is a struct with: kColumns of its hyperparameter row, kStates, kForms
-// (variants of the formula, compiled apart where that pays), kReadsGrads, kWritesStates, Scalars (POD, with `form`),
-// Factors<V> and spread (Scalars over the lanes of V), states(form) (how many of its states that variant touches),
-// scalars(row, t, grad_scale, has_states), element.
+// (variants of the formula, compiled apart where that pays), kReadsGrads, kWritesStates, kNarrowStates (they may be of
+// 16 bits), Scalars (POD, with `form`), Factors<V> and spread (Scalars over the lanes of V), states(form) (how many of
+// its states that variant touches), scalars(row, t, grad_scale, num_states), element.
 #pragma once
 
 #include "core/cpu_dispatch.h"
@@ -11,17 +11,17 @@
 
 namespace deepcore {
 
-constexpr int kMaxStates = 2;
+constexpr int kMaxStates = 3;
 
 struct UpdateTensor {  // base addresses; the same element index holds for all of them
     void* param;
     const void* grad;
-    float* states[kMaxStates];
+    void* states[kMaxStates];
     void* copy;  // null where no low-precision copy is wanted
 };
 
 struct UpdateArgs {
-    DType param_dtype, grad_dtype, copy_dtype;
+    DType param_dtype, grad_dtype, state_dtype, copy_dtype;
     const UpdateTensor* tensors;  // (num_tensors,) on the host, for CUDA too
     int64_t num_tensors;
     const int64_t* chunk_offsets;  // (num_tensors + 1,) on the host
@@ -33,7 +33,7 @@ struct UpdateArgs {
     const float* grad_scale;  // (1,)
     const float* skip;        // (1,)
     void* scalars;            // (num_segments,) scratch of the formula's Scalars: prepare writes, apply reads
-    bool has_states;          // false: every states[k] is null
+    int num_states;           // that were given: states[k] is null from there on
 };
 
 constexpr int kLeftAlone = -1;  // the form of a segment that is not updated
@@ -49,7 +49,7 @@ DEEPCORE_FN void prepare_segment(const UpdateArgs& args, int64_t index) {
     const float t = args.steps[index] + 1;
     args.steps[index] = t;
     const double* row = args.hyper + args.segments[index].hyper * Formula::kColumns;
-    scalars = Formula::scalars(row, t, *args.grad_scale, args.has_states);
+    scalars = Formula::scalars(row, t, *args.grad_scale, args.num_states);
 }
 
 }  // namespace deepcore

@@ -1,7 +1,7 @@
 // Owns the walk of a formula over chunks on a CPU; include it in a stem's *_cpu.cpp only.
-// Knows nothing of any one formula. It works in fp32 on tiles that stay in the nearest cache: parameters and gradients
-// of 16 bits are widened into one and rounded out of it, so that each variant of a formula is compiled once for all
-// dtypes.
+// Knows nothing of any one formula, each variant of which is compiled once for all dtypes: the types of gradient and
+// copy are asked element by element, a branch that costs nothing beside the memory; parameters and states of 16 bits,
+// read and written, pass through tiles in the nearest cache.
 #pragma once
 
 #include <type_traits>
@@ -14,28 +14,58 @@ namespace DEEPCORE_ISA {
 
 namespace {
 
-constexpr int64_t kTileNumel = 512;
+constexpr int64_t kTileNumel = 128;  // more would interrupt the streams that the hardware prefetches
 
-struct TilePointers {  // of one tile, in fp32
+struct Operand {  // dtype none: nothing is there
+    char* memory;
+    DType dtype;
+};
+
+DEEPCORE_FN Operand operand(const void* memory, DType dtype, int64_t begin) {
+    if (dtype == DType::none) return {nullptr, dtype};
+    return {static_cast<char*>(const_cast<void*>(memory)) + begin * size_of(dtype), dtype};
+}
+
+template <class V>
+DEEPCORE_FN void fetch(const Operand& from, int64_t i, V& x) {
+    if (from.dtype == DType::f32) load(reinterpret_cast<const float*>(from.memory) + i, x);
+    if (from.dtype == DType::bf16) load(reinterpret_cast<const bf16*>(from.memory) + i, x);
+    if (from.dtype == DType::f16) load(reinterpret_cast<const f16*>(from.memory) + i, x);
+}
+
+// Never fp32.
+template <class V>
+DEEPCORE_FN void keep_low(const Operand& to, int64_t i, V x) {
+    if (to.dtype == DType::bf16) store(reinterpret_cast<bf16*>(to.memory) + i, x);
+    if (to.dtype == DType::f16) store(reinterpret_cast<f16*>(to.memory) + i, x);
+}
+
+struct UpdateRun {  // elements that lie side by side; each address is that of the first one
     float* param;
-    const float* grad;
     float* states[kMaxStates];
+    Operand grad, copy;
 };
 
 template <class Formula, class V, class Form>
-DEEPCORE_FN void update(const TilePointers& at, int64_t i, const typename Formula::template Factors<V>& factors,
+DEEPCORE_FN void update(const UpdateRun& at, int64_t i, const typename Formula::template Factors<V>& factors,
                         Form form) {
+    constexpr int kUsed = Formula::states(Form::value), kWritten = Formula::kWritesStates ? kUsed : 0;
     V param, grad = {}, states[kMaxStates] = {};
     load(at.param + i, param);
-    if (Formula::kReadsGrads) load(at.grad + i, grad);
-    for (int k = 0; k < Formula::states(form); ++k) load(at.states[k] + i, states[k]);
+    if (Formula::kReadsGrads) fetch(at.grad, i, grad);
+    if constexpr (kUsed > 0) load(at.states[0] + i, states[0]);  // written out: a loop keeps the array in memory
+    if constexpr (kUsed > 1) load(at.states[1] + i, states[1]);
+    if constexpr (kUsed > 2) load(at.states[2] + i, states[2]);
     Formula::element(param, grad, states, factors, form);
     store(at.param + i, param);
-    for (int k = 0; k < Formula::states(form) && Formula::kWritesStates; ++k) store(at.states[k] + i, states[k]);
+    keep_low(at.copy, i, param);
+    if constexpr (kWritten > 0) store(at.states[0] + i, states[0]);
+    if constexpr (kWritten > 1) store(at.states[1] + i, states[1]);
+    if constexpr (kWritten > 2) store(at.states[2] + i, states[2]);
 }
 
 template <class Formula, class Form>
-void update_tile(const TilePointers& at, int64_t numel, const typename Formula::Scalars& scalars, Form form) {
+void update_run(const UpdateRun at, int64_t numel, const typename Formula::Scalars& scalars, Form form) {
     const auto many = Formula::template spread<vec>(scalars);
     int64_t i = 0;
     for (; i + kWidth <= numel; i += kWidth) update<Formula, vec>(at, i, many, form);
@@ -45,32 +75,58 @@ void update_tile(const TilePointers& at, int64_t numel, const typename Formula::
 
 // Calls the variant of the formula that `scalars` asks for.
 template <class Formula, int form = 0>
-void update_tile_in_form(const TilePointers& at, int64_t numel, const typename Formula::Scalars& scalars) {
+void update_run_in_form(const UpdateRun& at, int64_t numel, const typename Formula::Scalars& scalars) {
     if (scalars.form == form) {
-        update_tile<Formula>(at, numel, scalars, std::integral_constant<int, form>());
+        update_run<Formula>(at, numel, scalars, std::integral_constant<int, form>());
     } else if constexpr (form + 1 < Formula::kForms) {
-        update_tile_in_form<Formula, form + 1>(at, numel, scalars);
+        update_run_in_form<Formula, form + 1>(at, numel, scalars);
     }
 }
+
+// Where a run is worked on: in the tensors themselves, or in tiles.
+template <class Formula>
+struct Tile {
+    const UpdateArgs& args;
+    const UpdateTensor& tensor;
+    int used;  // states of the form
+    alignas(64) float params[kTileNumel];
+    alignas(64) float states[Formula::kNarrowStates ? Formula::kStates : 1][kTileNumel];
+
+    Tile(const UpdateArgs& args, const UpdateTensor& tensor, int used) : args(args), tensor(tensor), used(used) {}
+
+    bool wide_params() const { return args.param_dtype == DType::f32; }
+    bool wide_states() const { return !Formula::kNarrowStates || args.state_dtype == DType::f32; }
+    int64_t step() const { return wide_params() && wide_states() ? kChunkNumel : kTileNumel; }
+
+    UpdateRun open(int64_t begin, int64_t numel) {
+        UpdateRun at = {wide_params() ? static_cast<float*>(tensor.param) + begin : params,
+                        {},
+                        operand(tensor.grad, args.grad_dtype, begin),
+                        operand(tensor.copy, args.copy_dtype, begin)};
+        widen(tensor.param, args.param_dtype, begin, params, numel);
+        for (int k = 0; k < used; ++k) {
+            at.states[k] = wide_states() ? static_cast<float*>(tensor.states[k]) + begin : states[k];
+            if (!wide_states()) widen(tensor.states[k], args.state_dtype, begin, states[k], numel);
+        }
+        return at;
+    }
+
+    void close(int64_t begin, int64_t numel) const {
+        narrow(params, tensor.param, args.param_dtype, begin, numel);
+        for (int k = 0; k < used && !wide_states(); ++k)
+            narrow(states[k], tensor.states[k], args.state_dtype, begin, numel);
+    }
+};
 
 template <class Formula>
 void update_chunk(const UpdateArgs& args, const UpdateTensor& tensor, Span span,
                   const typename Formula::Scalars& scalars) {
-    float params[kTileNumel], grads[kTileNumel];
-    const bool wide_params = args.param_dtype == DType::f32;
-    const bool wide_grads = args.grad_dtype == DType::f32 || !Formula::kReadsGrads;
-    const int64_t tile = wide_params && wide_grads && args.copy_dtype == DType::none ? kChunkNumel : kTileNumel;
-    for (int64_t begin = span.begin; begin < span.end; begin += tile) {
-        const int64_t numel = begin + tile < span.end ? tile : span.end - begin;
-        TilePointers at = {wide_params ? static_cast<float*>(tensor.param) + begin : params,
-                           wide_grads ? static_cast<const float*>(tensor.grad) + begin : grads,
-                           {}};
-        for (int k = 0; k < Formula::kStates && args.has_states; ++k) at.states[k] = tensor.states[k] + begin;
-        widen(tensor.param, args.param_dtype, begin, params, numel);
-        if (Formula::kReadsGrads) widen(tensor.grad, args.grad_dtype, begin, grads, numel);
-        update_tile_in_form<Formula>(at, numel, scalars);
-        narrow(at.param, tensor.param, args.param_dtype, begin, numel);
-        narrow(at.param, tensor.copy, args.copy_dtype, begin, numel);
+    Tile<Formula> tile(args, tensor, Formula::states(scalars.form));
+    const int64_t step = tile.step();
+    for (int64_t begin = span.begin; begin < span.end; begin += step) {
+        const int64_t numel = begin + step < span.end ? step : span.end - begin;
+        update_run_in_form<Formula>(tile.open(begin, numel), numel, scalars);
+        tile.close(begin, numel);
     }
 }
 

@@ -8,11 +8,6 @@ namespace DEEPCORE_ISA {
 
 namespace {
 
-template <class To>
-DEEPCORE_FN bool aligned(const To* to) {
-    return reinterpret_cast<uintptr_t>(to) % (kWidth * sizeof(To)) == 0;
-}
-
 template <class To, class From>
 DEEPCORE_FN void convert_one(To* to, const From* from) {
     float x;

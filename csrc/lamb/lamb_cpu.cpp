@@ -9,49 +9,53 @@ namespace DEEPCORE_ISA {
 
 namespace {
 
+struct MomentsRun {  // of one chunk; each address is that of its first element
+    Operand param, grad;
+    float *exp_avg, *exp_avg_sq;
+};
+
 template <class V, class Form>
-DEEPCORE_FN void moments(const TilePointers& at, int64_t i, float* updates, const LambFactors<V>& factors, Form form) {
-    V param, grad, average, square;
-    load(at.param + i, param);
-    load(at.grad + i, grad);
-    load(at.states[0] + i, average);
-    load(at.states[1] + i, square);
-    const V update = LambMoments::element(param, grad, average, square, factors, form);
-    store(at.states[0] + i, average);
-    store(at.states[1] + i, square);
-    store(updates + i, update);
+DEEPCORE_FN void moments(const MomentsRun& at, int64_t i, float* weight, float* update, const LambFactors<V>& factors,
+                         Form form) {
+    V param = {}, grad = {}, average, square;
+    fetch(at.param, i, param);
+    fetch(at.grad, i, grad);
+    load(at.exp_avg + i, average);
+    load(at.exp_avg_sq + i, square);
+    store(weight, param);
+    store(update, LambMoments::element(param, grad, average, square, factors, form));
+    store(at.exp_avg + i, average);
+    store(at.exp_avg_sq + i, square);
 }
 
+// sums: of the squares of weights and updates, which wait for it in a tile. Each tile begins at lane 0.
 template <class Form>
-void moments_tile(const TilePointers& at, int64_t numel, float* updates, const LambScalars& scalars, Form form) {
-    const auto many = LambMoments::spread<vec>(scalars);
-    int64_t i = 0;
-    for (; i + kWidth <= numel; i += kWidth) moments(at, i, updates, many, form);
-    const auto one = LambMoments::spread<float>(scalars);
-    for (; i < numel; ++i) moments(at, i, updates, one, form);
-}
-
-// sums: of the squares of weights and updates. A tile is a multiple of kLanes, so that each begins at lane 0.
-void moments_chunk(const UpdateArgs& args, const UpdateTensor& tensor, Span span, const LambScalars& scalars,
-                   double* sums) {
+void moments_run(const MomentsRun at, int64_t numel, const LambScalars& scalars, double* sums, Form form) {
     static_assert(kTileNumel % kLanes == 0, "tiles begin at lane 0");
-    float params[kTileNumel], grads[kTileNumel], updates[kTileNumel];
+    alignas(64) float weights[kTileNumel], updates[kTileNumel];
     double weight_lanes[kLanes] = {}, update_lanes[kLanes] = {};
-    const bool wide_params = args.param_dtype == DType::f32, wide_grads = args.grad_dtype == DType::f32;
-    for (int64_t begin = span.begin; begin < span.end; begin += kTileNumel) {
-        const int64_t numel = begin + kTileNumel < span.end ? kTileNumel : span.end - begin;
-        const TilePointers at = {wide_params ? static_cast<float*>(tensor.param) + begin : params,
-                                 wide_grads ? static_cast<const float*>(tensor.grad) + begin : grads,
-                                 {tensor.states[0] + begin, tensor.states[1] + begin}};
-        widen(tensor.param, args.param_dtype, begin, params, numel);
-        widen(tensor.grad, args.grad_dtype, begin, grads, numel);
-        if (scalars.form == 1) moments_tile(at, numel, updates, scalars, std::integral_constant<int, 1>());
-        if (scalars.form == 0) moments_tile(at, numel, updates, scalars, std::integral_constant<int, 0>());
-        add_squares<0>(at.param, numel, weight_lanes);
-        add_squares<0>(updates, numel, update_lanes);
+    const auto many = LambMoments::spread<vec>(scalars);
+    const auto one = LambMoments::spread<float>(scalars);
+    for (int64_t begin = 0; begin < numel; begin += kTileNumel) {
+        const int64_t left = numel - begin < kTileNumel ? numel - begin : kTileNumel;
+        int64_t i = 0;
+        for (; i + kWidth <= left; i += kWidth) moments(at, begin + i, weights + i, updates + i, many, form);
+        for (; i < left; ++i) moments(at, begin + i, weights + i, updates + i, one, form);
+        add_squares<0>(weights, left, weight_lanes);
+        add_squares<0>(updates, left, update_lanes);
     }
     sums[0] = fold_lanes(weight_lanes);
     sums[1] = fold_lanes(update_lanes);
+}
+
+void moments_chunk(const UpdateArgs& args, const UpdateTensor& tensor, Span span, const LambScalars& scalars,
+                   double* sums) {
+    const MomentsRun at = {
+        operand(tensor.param, args.param_dtype, span.begin), operand(tensor.grad, args.grad_dtype, span.begin),
+        static_cast<float*>(tensor.states[0]) + span.begin, static_cast<float*>(tensor.states[1]) + span.begin};
+    const int64_t numel = span.end - span.begin;
+    if (scalars.form == 1) moments_run(at, numel, scalars, sums, std::integral_constant<int, 1>());
+    if (scalars.form == 0) moments_run(at, numel, scalars, sums, std::integral_constant<int, 0>());
 }
 
 }  // namespace

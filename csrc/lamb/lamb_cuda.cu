@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(kBlockThreads, kUpdateBlocksPerSm)
 
     const Span span = chunk_span(segment, chunk);
     const UpdateTensor& tensor = batch.tensors[index];
-    const MomentsElements elements = {typed(tensor.param, batch.param_dtype, span.begin),
-                                      typed(tensor.grad, batch.grad_dtype, span.begin), tensor.states[0] + span.begin,
-                                      tensor.states[1] + span.begin};
+    const MomentsElements elements = {
+        typed(tensor.param, batch.param_dtype, span.begin), typed(tensor.grad, batch.grad_dtype, span.begin),
+        static_cast<float*>(tensor.states[0]) + span.begin, static_cast<float*>(tensor.states[1]) + span.begin};
     const auto factors = LambMoments::spread<float>(scalars);
     double sums[2] = {};
     for_each_pack<kTypedPack>(

@@ -28,7 +28,7 @@ struct LambMoments {
     template <class V>
     using Factors = LambFactors<V>;
 
-    DEEPCORE_FN LambScalars scalars(const double* row, double t, float grad_scale, bool) {
+    DEEPCORE_FN LambScalars scalars(const double* row, double t, float grad_scale, int) {
         const bool correct = row[kBiasCorrection] != 0;
         LambScalars s;
         s.grad_scale = grad_scale;
@@ -73,12 +73,12 @@ struct LambMoments {
 
 struct LambApply {
     static constexpr int kStates = 2, kForms = 2;
-    static constexpr bool kReadsGrads = false, kWritesStates = false;
+    static constexpr bool kReadsGrads = false, kWritesStates = false, kNarrowStates = false;
     using Scalars = LambScalars;
     template <class V>
     using Factors = LambFactors<V>;
 
-    DEEPCORE_FN int states(int) { return kStates; }
+    DEEPCORE_FN constexpr int states(int) { return kStates; }
 
     template <class V>
     DEEPCORE_FN LambFactors<V> spread(const LambScalars& s) {
@@ -97,7 +97,7 @@ DEEPCORE_FN void prepare_lamb_apply(const LambApplyArgs& args, int64_t index) {
     scalars.form = kLeftAlone;
     if (*args.skip != 0 || args.active[index] == 0) return;
     const double* row = args.hyper + args.segments[index].hyper * LambMoments::kColumns;
-    scalars = LambMoments::scalars(row, args.steps[index], 1, true);
+    scalars = LambMoments::scalars(row, args.steps[index], 1, LambMoments::kStates);
     scalars.step_size = static_cast<float>(row[LambMoments::kLr] * args.ratios[index]);
 }
 

@@ -14,14 +14,14 @@ struct LionFactors {  // LionScalars, spread over the lanes of V
 struct Lion {
     enum Column { kLr, kBeta1, kBeta2, kWeightDecay, kColumns };  // as in reference/lion.py
     static constexpr int kStates = 1, kForms = 1;
-    static constexpr bool kReadsGrads = true, kWritesStates = true;
+    static constexpr bool kReadsGrads = true, kWritesStates = true, kNarrowStates = false;
     using Scalars = LionScalars;
     template <class V>
     using Factors = LionFactors<V>;
 
-    DEEPCORE_FN int states(int) { return kStates; }
+    DEEPCORE_FN constexpr int states(int) { return kStates; }
 
-    DEEPCORE_FN LionScalars scalars(const double* row, double, float grad_scale, bool) {
+    DEEPCORE_FN LionScalars scalars(const double* row, double, float grad_scale, int) {
         LionScalars s;
         s.grad_scale = grad_scale;
         s.beta1 = static_cast<float>(row[kBeta1]);

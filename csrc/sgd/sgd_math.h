@@ -17,15 +17,16 @@ struct Sgd {
     enum Column { kLr, kMomentum, kDampening, kNesterov, kWeightDecay, kColumns };  // as in reference/sgd.py
     enum Mode { kPlain, kFirst, kFirstNesterov, kLater, kLaterNesterov, kModes };
     static constexpr int kStates = 1, kForms = 2 * kModes;  // form = 2 * mode + (1 where there is decay)
-    static constexpr bool kReadsGrads = true, kWritesStates = true;
+    static constexpr bool kReadsGrads = true, kWritesStates = true, kNarrowStates = false;
     using Scalars = SgdScalars;
     template <class V>
     using Factors = SgdFactors<V>;
 
-    DEEPCORE_FN int states(int form) { return form / 2 == kPlain ? 0 : 1; }
+    DEEPCORE_FN constexpr int states(int form) { return form / 2 == kPlain ? 0 : 1; }
 
     // Momentum without its buffers cannot be refused where the table is on a GPU: what it would give is not a number.
-    DEEPCORE_FN SgdScalars scalars(const double* row, double t, float grad_scale, bool has_states) {
+    DEEPCORE_FN SgdScalars scalars(const double* row, double t, float grad_scale, int num_states) {
+        const bool has_states = num_states > 0;
         const bool moves = row[kMomentum] != 0 && has_states, nesterov = row[kNesterov] != 0;
         const int mode = !moves ? kPlain : (t == 1 ? kFirst : kLater) + (nesterov ? 1 : 0);
         SgdScalars s;

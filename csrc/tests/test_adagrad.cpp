@@ -19,7 +19,7 @@ void steps_shrink_with_the_sum() {
     const double row[] = {0.5, 1, 0, 0};
     float p = 2, states[kMaxStates] = {};
     for (int t = 1; t <= 2; ++t) {
-        const AdagradScalars s = Adagrad::scalars(row, t, 1, true);
+        const AdagradScalars s = Adagrad::scalars(row, t, 1, kMaxStates);
         Adagrad::element(p, t == 1 ? 3.0f : 4.0f, states, Adagrad::spread<float>(s), s.form);
     }
     CHECK(states[0] == 25 && p == 1.5f - 0.8f * 0.25f);

@@ -21,7 +21,7 @@ struct Expected {
 void expect_segment(const UpdateRun& run, int64_t index, Expected& expected) {
     const Segment& segment = run.segments[index];
     const double* row = kRows + segment.hyper * LambMoments::kColumns;
-    LambScalars s = LambMoments::scalars(row, run.steps[index] + 1, run.grad_scale, true);
+    LambScalars s = LambMoments::scalars(row, run.steps[index] + 1, run.grad_scale, kMaxStates);
     s.step_size = static_cast<float>(row[LambMoments::kLr] * kRatios[index]);
     const auto factors = LambMoments::spread<float>(s);
     State& now = expected.moments;
@@ -33,7 +33,7 @@ void expect_segment(const UpdateRun& run, int64_t index, Expected& expected) {
             const double u = LambMoments::element(p, now.g[i], now.s0[i], now.s1[i], factors, s.form);
             weights[k % kLanes] += static_cast<double>(p) * p;
             updates[k % kLanes] += u * u;
-            float states[kMaxStates] = {now.s0[i], now.s1[i]};
+            float states[kMaxStates] = {now.s0[i], now.s1[i], 0};
             LambApply::element(expected.applied.p[i], 0.0f, states, factors, s.form);
             store(&expected.applied.copy[i], expected.applied.p[i]);
         }

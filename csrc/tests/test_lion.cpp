@@ -17,7 +17,7 @@ void every_variant() {
 // Whatever the gradient's size, a step is lr long, and none where everything is zero.
 void every_step_is_as_long_as_the_learning_rate() {
     const double row[] = {0.25, 0.9, 0.99, 0};
-    const LionScalars s = Lion::scalars(row, 1, 1, true);
+    const LionScalars s = Lion::scalars(row, 1, 1, kMaxStates);
     const float grads[] = {1e-30f, -7.0f, 0.0f}, expected[] = {1.75f, 2.25f, 2.0f};
     for (int k = 0; k < 3; ++k) {
         float p = 2, states[kMaxStates] = {};

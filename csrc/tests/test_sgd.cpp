@@ -19,7 +19,7 @@ void momentum_adds_up() {
     const double row[] = {0.5, 0.5, 0, 0, 0};
     float p = 4, states[kMaxStates] = {};
     for (int t = 1; t <= 3; ++t) {
-        const SgdScalars s = Sgd::scalars(row, t, 1, true);
+        const SgdScalars s = Sgd::scalars(row, t, 1, kMaxStates);
         Sgd::element(p, 1.0f, states, Sgd::spread<float>(s), s.form);
     }
     CHECK(states[0] == 1.75f && p == 4 - 0.5f * (1 + 1.5f + 1.75f));

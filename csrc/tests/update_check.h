@@ -23,10 +23,11 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 struct State {
-    std::vector<float> p = std::vector<float>(kNumel), g = p, s0 = p, s1 = p;
+    std::vector<float> p = std::vector<float>(kNumel), g = p, s0 = p, s1 = p, s2 = p;
     std::vector<bf16> copy = std::vector<bf16>(kNumel);
     bool operator==(const State& other) const {
-        return same(p, other.p) && same(s0, other.s0) && same(s1, other.s1) && same(copy, other.copy);
+        return same(p, other.p) && same(s0, other.s0) && same(s1, other.s1) && same(s2, other.s2) &&
+               same(copy, other.copy);
     }
 };
 
@@ -39,6 +40,7 @@ inline State random_state() {
         state.g[i] = random.uniform() * 8;
         state.s0[i] = fabsf(random.uniform());
         state.s1[i] = fabsf(random.uniform());
+        state.s2[i] = fabsf(random.uniform());
     }
     return state;
 }
@@ -55,9 +57,10 @@ struct UpdateRun {
     UpdateTensor tensor = {};
 
     UpdateArgs args(State& state, const double* rows) {
-        tensor = {state.p.data(), state.g.data(), {state.s0.data(), state.s1.data()}, state.copy.data()};
-        return {DType::f32, DType::f32, DType::bf16, &tensor,     1,     chunk_offsets, segments, 3,
-                rows,       steps,      active,      &grad_scale, &skip, scratch,       true};
+        tensor = {
+            state.p.data(), state.g.data(), {state.s0.data(), state.s1.data(), state.s2.data()}, state.copy.data()};
+        return {DType::f32, DType::f32, DType::f32, DType::bf16, &tensor,     1,     chunk_offsets, segments,
+                3,          rows,       steps,      active,      &grad_scale, &skip, scratch,       kMaxStates};
     }
 };
 
@@ -68,13 +71,13 @@ State expected_state(const State& before, const double* rows) {
     for (int64_t index = 0; index < 3; ++index) {
         if (!run.active[index]) continue;
         const Segment& segment = run.segments[index];
-        const auto scalars =
-            Formula::scalars(rows + segment.hyper * Formula::kColumns, run.steps[index] + 1, run.grad_scale, true);
+        const auto scalars = Formula::scalars(rows + segment.hyper * Formula::kColumns, run.steps[index] + 1,
+                                              run.grad_scale, kMaxStates);
         const auto factors = Formula::template spread<float>(scalars);
         for (int64_t i = segment.begin; i < segment.begin + segment.numel; ++i) {
-            float states[kMaxStates] = {after.s0[i], after.s1[i]};
+            float states[kMaxStates] = {after.s0[i], after.s1[i], after.s2[i]};
             Formula::element(after.p[i], after.g[i], states, factors, scalars.form);
-            after.s0[i] = states[0], after.s1[i] = states[1];
+            after.s0[i] = states[0], after.s1[i] = states[1], after.s2[i] = states[2];
             store(&after.copy[i], after.p[i]);
         }
     }

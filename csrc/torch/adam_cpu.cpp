@@ -1,19 +1,33 @@
 // Owns the CPU binding of adam_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formula.
-#include "torch/adam_args.h"
+#include "adam/adam_math.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
+#include "torch/update_args.h"
 
 namespace {
 
 using namespace deepcore;
 using namespace deepcore::binding;
 
+void require_largest(const UpdateArgs& args) {
+    for (int64_t i = 0; i < args.num_segments && args.num_states < Adam::kStates; ++i) {
+        if (args.hyper[args.segments[i].hyper * Adam::kColumns + Adam::kAmsgrad] == 0) continue;
+        fail("max_exp_avg_sqs: got no tensors, expected %lld, since segments[%lld] asks for AMSGrad",
+             (long long)args.num_tensors, (long long)i);
+    }
+}
+
 void adam_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-           const TensorList& copies, const Tensor& segments, const Tensor& chunk_offsets, const Tensor& hyper,
-           const Tensor& steps, const Tensor& active, const Tensor& grad_scale, const Tensor& skip) {
-    const AdamCall call = adam_call({params, grads, exp_avgs, exp_avg_sqs, copies},
-                                    {segments, chunk_offsets, hyper, steps, active, grad_scale, skip}, cpu_device());
+           const TensorList& max_exp_avg_sqs, const TensorList& copies, const Tensor& segments,
+           const Tensor& chunk_offsets, const Tensor& hyper, const Tensor& steps, const Tensor& active,
+           const Tensor& grad_scale, const Tensor& skip) {
+    const std::vector<NamedList> states = {
+        {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs, true}};
+    const UpdateCall call = update_call({params, &grads, copies, states, true},
+                                        {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip},
+                                        Adam::kColumns, sizeof(AdamScalars), cpu_device());
+    require_largest(call.args);
     DEEPCORE_PICK(adam_prepare)(call.args, 0, call.args.num_segments);
     const auto apply = DEEPCORE_PICK(adam_apply);
     parallel_for(call.num_chunks, 1, [&](int64_t begin, int64_t end) { apply(call.args, begin, end); });

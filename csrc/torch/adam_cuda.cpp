@@ -1,7 +1,8 @@
 // Owns the CUDA binding of adam_: checks, launches on the current stream.
 // Knows nothing of the formula.
-#include "torch/adam_args.h"
+#include "adam/adam_math.h"
 #include "torch/cuda_stream.h"
+#include "torch/update_args.h"
 
 namespace {
 
@@ -9,11 +10,15 @@ using namespace deepcore;
 using namespace deepcore::binding;
 
 void adam_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-           const TensorList& copies, const Tensor& segments, const Tensor& chunk_offsets, const Tensor& hyper,
-           const Tensor& steps, const Tensor& active, const Tensor& grad_scale, const Tensor& skip) {
+           const TensorList& max_exp_avg_sqs, const TensorList& copies, const Tensor& segments,
+           const Tensor& chunk_offsets, const Tensor& hyper, const Tensor& steps, const Tensor& active,
+           const Tensor& grad_scale, const Tensor& skip) {
     const Device device = cuda_device_of("segments", segments);
-    const AdamCall call = adam_call({params, grads, exp_avgs, exp_avg_sqs, copies},
-                                    {segments, chunk_offsets, hyper, steps, active, grad_scale, skip}, device);
+    const std::vector<NamedList> states = {
+        {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs, true}};
+    const UpdateCall call = update_call({params, &grads, copies, states, true},
+                                        {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip},
+                                        Adam::kColumns, sizeof(AdamScalars), device);
     launch_on(device, "adam_", [&](void* stream) { return launch_adam(call.args, stream); });
 }
 

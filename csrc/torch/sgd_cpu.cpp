@@ -11,7 +11,7 @@ using namespace deepcore;
 using namespace deepcore::binding;
 
 void require_buffers(const UpdateArgs& args) {
-    for (int64_t i = 0; i < args.num_segments && !args.has_states; ++i) {
+    for (int64_t i = 0; i < args.num_segments && args.num_states == 0; ++i) {
         const double momentum = args.hyper[args.segments[i].hyper * Sgd::kColumns + Sgd::kMomentum];
         if (momentum != 0) {
             fail("momentum_buffers: got no tensors, expected %lld, since segments[%lld] has momentum %g",

@@ -11,15 +11,21 @@ namespace DEEPCORE_HIDDEN binding {
 struct NamedList {
     const char* name;
     const TensorList& list;
-    bool optional = false;  // may be empty
+    bool optional = false;  // may be empty; then those after it are, too
 };
 
 struct UpdateLists {
     const TensorList& params;
     const TensorList* grads;  // null where the op has none
     const TensorList& copies;
-    std::vector<NamedList> states;  // fp32, at most kMaxStates
-    bool has_states() const { return params.empty() || !states[0].list.empty(); }
+    std::vector<NamedList> states;  // at most kMaxStates
+    bool narrow_states = false;     // they may be bf16, else all are fp32
+
+    int num_states() const {  // that were given; all of them where there is nothing to update
+        size_t count = 0;
+        while (count < states.size() && (params.empty() || !states[count].list.empty())) ++count;
+        return static_cast<int>(count);
+    }
 };
 
 struct UpdateTables {
@@ -35,6 +41,14 @@ struct UpdateCall {  // the kernels' arguments, and what they point into
     int64_t num_chunks;
 };
 
+// All states have one dtype.
+inline void require_state_dtype(const UpdateLists& lists, const NamedList& state) {
+    const NamedList& first = lists.states[0];
+    const bool narrow =
+        lists.narrow_states && !first.list.empty() && first.list[0].scalar_type() == ScalarType::BFloat16;
+    require_dtype(state.name, state.list, narrow ? ScalarType::BFloat16 : ScalarType::Float);
+}
+
 inline void require_update_lists(const UpdateLists& lists, Device device) {
     require_list("params", lists.params, device);
     if (lists.grads != nullptr) {
@@ -45,7 +59,7 @@ inline void require_update_lists(const UpdateLists& lists, Device device) {
         if (state.optional && state.list.empty()) continue;
         require_list(state.name, state.list, device);
         require_companion(state.name, state.list, "params", lists.params);
-        require_dtype(state.name, state.list, ScalarType::Float);
+        require_state_dtype(lists, state);
     }
     if (lists.copies.empty()) return;
     require_list("copies", lists.copies, device);
@@ -59,9 +73,7 @@ inline std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
         tensors[i] = {lists.params[i].data_ptr(), nullptr, {}, nullptr};
         if (lists.grads != nullptr) tensors[i].grad = (*lists.grads)[i].data_ptr();
         if (!lists.copies.empty()) tensors[i].copy = lists.copies[i].data_ptr();
-        for (size_t k = 0; k < lists.states.size() && lists.has_states(); ++k) {
-            tensors[i].states[k] = static_cast<float*>(lists.states[k].list[i].data_ptr());
-        }
+        for (int k = 0; k < lists.num_states(); ++k) tensors[i].states[k] = lists.states[k].list[i].data_ptr();
     }
     return tensors;
 }
@@ -106,6 +118,7 @@ inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tabl
     UpdateArgs& args = call.args;
     args.param_dtype = float_dtype("params", lists.params);
     args.grad_dtype = lists.grads == nullptr ? DType::none : float_dtype("grads", *lists.grads);
+    args.state_dtype = lists.states.empty() ? DType::f32 : float_dtype(lists.states[0].name, lists.states[0].list);
     args.copy_dtype = lists.copies.empty() ? DType::none : float_dtype("copies", lists.copies);
     args.tensors = call.tensors.data();
     args.num_tensors = static_cast<int64_t>(call.tensors.size());
@@ -120,7 +133,7 @@ inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tabl
     }
     args.skip = table_of<const float>("skip", tables.skip, ScalarType::Float, {1}, device);
     args.scalars = call.scratch.data_ptr();
-    args.has_states = lists.has_states();
+    args.num_states = lists.num_states();
     return call;
 }
 

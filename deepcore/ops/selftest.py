@@ -94,12 +94,13 @@ def _adam(device: torch.device) -> Arguments:
     def ramp(scale: float, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         return [(_RAMP * scale).to(device, dtype)]
 
-    hyper = [[0.01, 0.9, 0.99, 1e-6, 0.1, 1.0, 1.0, 0.0]]
+    hyper = [[0.01, 0.9, 0.99, 1e-6, 0.1, 1.0, 1.0, 1.0]]
     return [
         ramp(1.0),
         ramp(0.5, torch.bfloat16),
         ramp(0.25),
         [tensor.square() for tensor in ramp(0.25)],
+        [tensor.square() for tensor in ramp(0.3)],
         ramp(0.0, torch.bfloat16),
         *_segments(device),
         torch.tensor(hyper, dtype=torch.float64, device=device),
@@ -114,7 +115,7 @@ def _elementwise(*hyper: float) -> Callable[[torch.device], Arguments]:
     """Arguments of an optimizer op with one state tensor per parameter and this row of hyperparameters."""
 
     def make(device: torch.device) -> Arguments:
-        params, grads, _, state, copies, segments, offsets, _, *rest = _adam(device)
+        params, grads, _, state, _, copies, segments, offsets, _, *rest = _adam(device)
         row = torch.tensor([hyper], dtype=torch.float64, device=device)
         return [params, grads, state, copies, segments, offsets, row, *rest]
 
@@ -125,14 +126,14 @@ _LAMB = [0.01, 0.9, 0.99, 1e-6, 0.1, 1.0, 0.01, 10.0]
 
 
 def _lamb_moments(device: torch.device) -> Arguments:
-    params, grads, exp_avgs, exp_avg_sqs, _, segments, offsets, _, *rest = _adam(device)
+    params, grads, exp_avgs, exp_avg_sqs, _, _, segments, offsets, _, *rest = _adam(device)
     hyper = torch.tensor([_LAMB], dtype=torch.float64, device=device)
     squares = torch.zeros(2, 2, dtype=torch.float64, device=device)
     return [params, grads, exp_avgs, exp_avg_sqs, segments, offsets, hyper, *rest, squares]
 
 
 def _lamb_apply(device: torch.device) -> Arguments:
-    params, _, exp_avgs, exp_avg_sqs, copies, segments, offsets, _, steps, active, _, skip = _adam(device)
+    params, _, exp_avgs, exp_avg_sqs, _, copies, segments, offsets, _, steps, active, _, skip = _adam(device)
     hyper = torch.tensor([_LAMB], dtype=torch.float64, device=device)
     ratios = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device)
     return [params, exp_avgs, exp_avg_sqs, copies, segments, offsets, hyper, steps, active, ratios, skip]

@@ -80,6 +80,7 @@ class FusedAdam(SegmentOptimizer):
             batch.grads,
             batch.states["exp_avg"],
             batch.states["exp_avg_sq"],
+            batch.states.get("max_exp_avg_sq", []),
             batch.copies,
             batch.table.rows,
             batch.table.chunk_offsets,

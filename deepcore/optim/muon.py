@@ -149,6 +149,7 @@ class Muon(SegmentOptimizer):
             batch.grads,
             batch.states["exp_avg"],
             batch.states["exp_avg_sq"],
+            [],
             batch.copies,
             batch.table.rows,
             batch.table.chunk_offsets,

@@ -15,7 +15,7 @@ import torch
 
 from deepcore import ops
 from deepcore.ops.reference import adam, flatten, grad_stats
-from tests.kernels.adam_cases import COPIES, Case, case, mixed_rows
+from tests.kernels.adam_cases import AMSGRAD, AMSGRAD_L2, COPIES, PLAIN, Case, case, mixed_rows
 from tests.kernels.tables import FLOATS, ODD_SIZES, moved, same_bits, table, tensor, whole
 
 pytestmark = pytest.mark.cuda
@@ -52,6 +52,15 @@ def test_adam_gives_the_bits_of_the_reference(
 @pytest.mark.parametrize("sizes", [(n,) for n in (*ODD_SIZES, 1_000_003)] + [ODD_SIZES, ()], ids=str)
 def test_adam_takes_odd_sizes(sizes: tuple[int, ...]) -> None:
     compare_adam(case(sizes))
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offsets", [(0, 0, 0, 0, 0), (1, 2, 3, 0, 5)], ids=str)
+def test_amsgrad_and_narrow_moments(moments: torch.dtype, offsets: tuple[int, ...]) -> None:
+    sizes, rows = mixed_rows()
+    compare_adam(case(sizes, rows=rows, offsets=offsets, moments=moments), calls=2)
+    hyper = (AMSGRAD, AMSGRAD_L2, PLAIN)
+    compare_adam(case(sizes, rows=rows, offsets=offsets, moments=moments, hyper=hyper), calls=3)
 
 
 def test_adam_takes_more_tensors_than_one_launch() -> None:

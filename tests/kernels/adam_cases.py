@@ -5,6 +5,7 @@ Knows nothing of the device that a test moves them to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,6 +16,7 @@ from tests.kernels.tables import moved, table, tensor, whole
 ADAMW = (1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0, 1.0, 0.0)
 ADAM_L2 = (3e-4, 0.8, 0.95, 1e-6, 0.01, 0.0, 1.0, 0.0)
 PLAIN = (1e-2, 0.9, 0.99, 1e-5, 0.0, 0.0, 0.0, 0.0)
+AMSGRAD, AMSGRAD_L2 = (*ADAMW[:7], 1.0), (*ADAM_L2[:7], 1.0)
 COPIES = (None, torch.bfloat16, torch.float16)
 
 
@@ -26,6 +28,7 @@ class Case:
     grads: list[torch.Tensor]
     exp_avgs: list[torch.Tensor]
     exp_avg_sqs: list[torch.Tensor]
+    max_exp_avg_sqs: list[torch.Tensor]
     copies: list[torch.Tensor]
     segments: torch.Tensor
     chunk_offsets: torch.Tensor
@@ -47,7 +50,7 @@ class Case:
         return Case(**{**copies, "chunk_offsets": self.chunk_offsets})
 
     def changed(self) -> list[torch.Tensor]:
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.copies, self.steps]
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.max_exp_avg_sqs, *self.copies, self.steps]
 
 
 def case(
@@ -56,6 +59,8 @@ def case(
     *,
     rows: tuple[torch.Tensor, torch.Tensor] | None = None,
     offsets: tuple[int, ...] = (0, 0, 0, 0, 0),
+    moments: torch.dtype = torch.float32,
+    hyper: Sequence[Sequence[float]] = (ADAMW, ADAM_L2, PLAIN),
 ) -> Case:
     param, grad, copy = dtypes
     segments, chunk_offsets = rows or whole(sizes)
@@ -67,12 +72,13 @@ def case(
     return Case(
         some(0, param),
         some(1, grad, 0.1),
-        some(2, torch.float32, 0.1),
-        [values.square_() for values in some(3, torch.float32, 0.1)],
+        some(2, moments, 0.1),
+        [values.square_() for values in some(3, moments, 0.1)],
+        [values.square_() for values in some(3, moments, 0.2)] if any(row[7] for row in hyper) else [],
         some(4, copy) if copy else [],
         segments,
         chunk_offsets,
-        torch.tensor([ADAMW, ADAM_L2, PLAIN], dtype=torch.float64),
+        torch.tensor(hyper, dtype=torch.float64),
         torch.arange(many, dtype=torch.float32) % 5,
         torch.ones(many, dtype=torch.uint8),
         torch.tensor([0.37]),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deepcore.ops.reference import adam as reference
-from tests.kernels.adam_cases import COPIES, Case, case, mixed_rows
+from tests.kernels.adam_cases import AMSGRAD, AMSGRAD_L2, COPIES, PLAIN, Case, case, mixed_rows
 from tests.kernels.tables import FLOATS, ODD_SIZES, same_bits, table, whole
 
 
@@ -31,6 +31,40 @@ def compare(native: Case, calls: int = 1) -> None:
 def test_same_bits_for_every_dtype(isa: str, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None]) -> None:
     sizes, rows = mixed_rows()
     compare(case(sizes, dtypes, rows=rows), calls=3)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offsets", [(0, 0, 0, 0, 0), (1, 2, 3, 0, 5)], ids=str)
+def test_same_bits_as_amsgrad_and_with_narrow_moments(isa: str, moments: torch.dtype, offsets: tuple[int, ...]) -> None:
+    sizes, rows = mixed_rows()
+    for dtypes in ((torch.float32, torch.float32, None), (torch.bfloat16, torch.bfloat16, torch.float16)):
+        compare(case(sizes, dtypes, rows=rows, offsets=offsets, moments=moments), calls=2)
+        hyper = (AMSGRAD, AMSGRAD_L2, PLAIN)
+        compare(case(sizes, dtypes, rows=rows, offsets=offsets, moments=moments, hyper=hyper), calls=3)
+
+
+def test_amsgrad_remembers_the_largest_moment(best: str) -> None:
+    one = case((100,), hyper=(AMSGRAD,))
+    one.max_exp_avg_sqs[0].fill_(9.0)
+    before, moved = one.params[0].clone(), case((100,), hyper=((*AMSGRAD[:7], 0.0),))
+    compare(one)
+    torch.ops.deepcore.adam_(*moved.arguments())
+    assert (one.max_exp_avg_sqs[0] == 9.0).all()
+    assert (one.params[0] - before).abs().sum() < (moved.params[0] - before).abs().sum()
+
+
+def test_amsgrad_without_its_state_is_named(best: str) -> None:
+    one = case((100, 50), hyper=(PLAIN, AMSGRAD))
+    one.segments[1, 3], one.max_exp_avg_sqs = 1, []
+    with pytest.raises(RuntimeError, match=r"max_exp_avg_sqs: got no tensors, expected 2, since segments\[1\] asks"):
+        torch.ops.deepcore.adam_(*one.arguments())
+
+
+def test_moments_of_two_dtypes_are_named(best: str) -> None:
+    one = case((100,), moments=torch.bfloat16)
+    one.exp_avg_sqs = [torch.zeros(100)]
+    with pytest.raises(RuntimeError, match="exp_avg_sqs: got float32, expected bfloat16"):
+        torch.ops.deepcore.adam_(*one.arguments())
 
 
 @pytest.mark.parametrize("sizes", [(n,) for n in (*ODD_SIZES, 1_000_003)] + [ODD_SIZES, ()], ids=str)

@@ -1,4 +1,4 @@
-"""Owns the reference of ``adam_``: Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019).
+"""Owns the reference of ``adam_``: Adam (Kingma & Ba 2015), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi 2018).
 
 Knows nothing of parameter groups or schedules; the native kernels perform the same roundings in the same order.
 """
@@ -9,11 +9,11 @@ import math
 
 import torch
 
+from deepcore.ops.reference.segments import due
 from deepcore.ops.reference.segments import flat as memory_of
-from deepcore.ops.reference.segments import rows
 
-HYPER_COLUMNS = 8  # fp64 columns of a hyperparameter row (the last is spare):
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, DECOUPLED, BIAS_CORRECTION = range(7)
+HYPER_COLUMNS = 8  # fp64 columns of a hyperparameter row:
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, DECOUPLED, BIAS_CORRECTION, AMSGRAD = range(HYPER_COLUMNS)
 
 
 def adam_(
@@ -21,6 +21,7 @@ def adam_(
     grads: list[torch.Tensor],
     exp_avgs: list[torch.Tensor],
     exp_avg_sqs: list[torch.Tensor],
+    max_exp_avg_sqs: list[torch.Tensor],
     copies: list[torch.Tensor],
     segments: torch.Tensor,
     chunk_offsets: torch.Tensor,
@@ -38,16 +39,19 @@ def adam_(
         g = g + wd * p                           only where DECOUPLED is 0 and wd != 0
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + ((1 - beta2) * g) * g
+        s = v, or where AMSGRAD is 1 the largest v so far: s = s if s > v else v
         p = p * (1 - lr * wd)                    only where DECOUPLED is 1 and wd != 0
-        p = p - (lr / (1 - beta1^t)) * (m / (sqrt(v) * (1 / sqrt(1 - beta2^t)) + eps))
+        p = p - (lr / (1 - beta1^t)) * (m / (sqrt(s) * (1 / sqrt(1 - beta2^t)) + eps))
 
     The scalars (1 - beta1, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), ...) are computed in fp64 and rounded to
-    fp32 once. p is rounded to the parameter's dtype (nearest even) when stored.
+    fp32 once. p is rounded to the parameter's dtype (nearest even) when stored; so are m, v and s where they are
+    kept in bf16, after p was computed from their fp32 values.
 
     Args:
         params: T dense tensors of one dtype (fp32, bf16, fp16), updated in place.
         grads: T dense tensors of one dtype (fp32, bf16, fp16).
-        exp_avgs, exp_avg_sqs: T dense fp32 tensors, updated in place.
+        exp_avgs, exp_avg_sqs: T dense tensors, all fp32 or all bf16, updated in place.
+        max_exp_avg_sqs: as many of the same dtype, s above; may be empty where no row has AMSGRAD.
         copies: empty, or T dense tensors of one dtype (bf16, fp16) that receive the new parameters.
         segments: int64 (S, 5) rows on the tensors' device; ``begin`` holds for all the lists alike.
         chunk_offsets: int64 CPU (T + 1,), chunks before each tensor.
@@ -57,26 +61,26 @@ def adam_(
         grad_scale: fp32 (1,) on the device, multiplies every gradient.
         skip: fp32 (1,) on the device; anything but 0 leaves everything alone, steps included.
     """
-    if skip.item() != 0:
-        return
     table, scale = hyper.tolist(), grad_scale.reshape(())
-    for index, (tensor, begin, numel, row) in enumerate(rows(segments)):
-        if not active[index].item():
-            continue
-        steps[index] += 1
-        lr, beta1, beta2, eps, decay, decoupled, correct = table[row][:7]
-        t = steps[index].item()
+    for _, tensor, part, row, t in due(segments, steps, active, skip):
+        lr, beta1, beta2, eps, decay, decoupled, correct, amsgrad = table[row]
         unbias1 = 1 - math.pow(beta1, t) if correct else 1.0
         unbias2 = 1 / math.sqrt(1 - math.pow(beta2, t)) if correct else 1.0
 
-        part = slice(begin, begin + numel)
-        stored = memory_of(params[tensor])[part]
-        m, v = memory_of(exp_avgs[tensor])[part], memory_of(exp_avg_sqs[tensor])[part]
-        p, g = stored.float(), memory_of(grads[tensor])[part].float() * scale
+        stored, kept_m, kept_v = (memory_of(each[tensor])[part] for each in (params, exp_avgs, exp_avg_sqs))
+        p, m, v = stored.float(), kept_m.float(), kept_v.float()
+        g = memory_of(grads[tensor])[part].float() * scale
         if decay and not decoupled:
             g = g + p * decay
-        m.mul_(beta1).add_(g * (1 - beta1))
-        v.mul_(beta2).add_(g * (1 - beta2) * g)
+        m = m * beta1 + g * (1 - beta1)
+        v = v * beta2 + g * (1 - beta2) * g
+        kept_m.copy_(m)
+        kept_v.copy_(v)
+        if amsgrad:
+            kept_s = memory_of(max_exp_avg_sqs[tensor])[part]
+            s = kept_s.float()
+            v = torch.where(s > v, s, v)
+            kept_s.copy_(v)
         if decay and decoupled:
             p = p * (1 - lr * decay)
         # torch's own fp32 sqrt on the CPU is off by an ulp for a fifth of all values; this one is exact.
@@ -92,7 +96,7 @@ def _fake(*args: object) -> None:
 
 OPS = {
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] copies, Tensor segments, Tensor chunk_offsets, Tensor hyper, Tensor(e!) steps, Tensor active, "
-    "Tensor grad_scale, Tensor skip) -> ()": adam_
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] copies, Tensor segments, Tensor chunk_offsets, Tensor hyper, "
+    "Tensor(f!) steps, Tensor active, Tensor grad_scale, Tensor skip) -> ()": adam_
 }
 FAKES = {"adam_": _fake}
