@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from benchmarks import bench_import
+from benchmarks import bench_checkpoint, bench_import
 from benchmarks.__main__ import subjects
 from benchmarks.harness import LIMIT, OURS, Options, Result
 from benchmarks.live_bytes import LiveBytes
@@ -79,6 +79,13 @@ def test_a_pipeline_runs_beside_what_its_bubble_allows() -> None:
     assert {name: len(times) for name, times in first.items()} == dict.fromkeys(names, 1)
 
 
+def test_saves_and_loads_run_beside_plain_ones() -> None:
+    names = [name for name in bench_checkpoint.CASES["load"] if not name.startswith("deepspeed")]  # loads what it saves
+    arguments = {"case": "load", "names": names, "quick": True, "rounds": 1}
+    first, _ = run_ranks(2, "benchmarks.bench_checkpoint:compete", arguments, timeout=120)
+    assert {name: len(times) for name, times in first.items()} == dict.fromkeys(names, 1)
+
+
 def test_peak_memory_is_measured_above_a_base() -> None:
     arguments = {"name": "deepcore/2", "dtype": "fp32", "quick": True}
     assert run_ranks(2, "benchmarks.bench_memory:peak", arguments, timeout=120)[0] > 1
@@ -107,4 +114,14 @@ def test_an_import_is_timed_in_a_process_of_its_own() -> None:
 
 
 def test_every_subject_is_covered_here() -> None:
-    assert set(subjects()) == {*CASES, "pipeline", "step", "memory", "initialize", "import", "sequence", "overhead"}
+    assert set(subjects()) == {
+        *CASES,
+        "checkpoint",
+        "pipeline",
+        "step",
+        "memory",
+        "initialize",
+        "import",
+        "sequence",
+        "overhead",
+    }
