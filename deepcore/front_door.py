@@ -19,6 +19,7 @@ from deepcore.engine.assemble_pipeline import build_pipeline_engine
 from deepcore.engine.compilation import compiled_in_place
 from deepcore.engine.data import build_dataloader
 from deepcore.engine.engine import Engine
+from deepcore.engine.leaving import leaving, resume, resumed_config
 from deepcore.engine.pipeline import PipelineEngine
 from deepcore.errors import ConfigError
 from deepcore.optim.schedules import build_scheduler
@@ -66,7 +67,7 @@ def initialize(
         CommError: the process group cannot be formed, or ranks hold different models.
     """
     model = compiled_in_place(_require_model(model))
-    raw = load(config, config_params=config_params, args=args)
+    raw = resumed_config(load(config, config_params=config_params, args=args))
 
     world = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     replicas = world.size // model.num_stages if isinstance(model, PipelineModule) else None
@@ -92,6 +93,8 @@ def initialize(
             collate_fn=collate_fn,
             drop_last=settings.dataloader_drop_last,
         )
+    resume(engine)
+    leaving.join(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+# What ``deepcore run`` tells its ranks: where they leave marks, where SIGTERM saves, whether to go on from there.
+RUN_FOLDER, SAVE_DIR, RESUME = "DEEPCORE_RUN_FOLDER", "DEEPCORE_SAVE_DIR", "DEEPCORE_RESUME"
+
 
 def text(name: str, default: str | None = None) -> str | None:
     """The variable's text, or ``default`` where it is unset or empty."""
@@ -31,3 +34,8 @@ def snapshot() -> Mapping[str, str]:
 def set_default(name: str, value: str) -> None:
     """Give child processes ``name=value`` unless the user has set it."""
     os.environ.setdefault(name, value)
+
+
+def set_variable(name: str, value: str) -> None:
+    """Give child processes ``name=value``."""
+    os.environ[name] = value

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import runpy
+import signal
 import sys
 import threading
 import time
@@ -27,6 +28,8 @@ _ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe
 def main(argv: list[str]) -> None:
     """Run ``[--module] script args...`` as ``__main__``; exits with the script's code."""
     faulthandler.enable()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
     error_file = env.text("TORCHELASTIC_ERROR_FILE")
     if error_file is not None:
         threading.Thread(target=_follow_failure, args=(Path(error_file),), daemon=True).start()
@@ -35,6 +38,12 @@ def main(argv: list[str]) -> None:
             _run_module(argv[1:])
         else:
             _run_script(argv)
+
+
+def _interrupted(number: int, frame: object) -> None:
+    """Ctrl-C: end, and soon, whatever the script's handlers of exceptions do."""
+    faulthandler.dump_traceback_later(2 * GRACE, exit=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
+    raise KeyboardInterrupt
 
 
 class _Witness:

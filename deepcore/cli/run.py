@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepcore.base import env
+from deepcore.base.env import RESUME, RUN_FOLDER, SAVE_DIR
 from deepcore.errors import CommError, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _HELP = "start a training script on one or more ranks"
-_SHUTDOWN_SECONDS = 10  # between asking ranks to end and ending them, after Ctrl-C
+_GRACE = 120  # seconds for ranks to save after SIGTERM
 _STDERR_LINES = 20
 
 
@@ -43,6 +44,11 @@ def add_parser(subparsers: SubParsers) -> None:
     parser.add_argument(
         "--output", choices=("rank0", "all"), default="rank0", help="whose output to show; default rank0"
     )
+    parser.add_argument("--save-dir", metavar="DIR", help="where SIGTERM saves; default where the script saved last")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --save-dir")
+    parser.add_argument(
+        "--grace", type=int, default=_GRACE, metavar="SECONDS", help=f"for saving after SIGTERM; default {_GRACE}"
+    )
     parser.add_argument("--module", "-m", action="store_true", help="script is a module's name, as in python -m")
     parser.add_argument("script", help="the training script")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
@@ -55,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
     env.set_default("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     command = ["-m", "deepcore.cli.rank", *(["--module"] if args.module else []), args.script, *args.args]
     with tempfile.TemporaryDirectory(prefix="deepcore-run-", ignore_cleanup_errors=True) as logs:
+        env.set_variable(RUN_FOLDER, logs)
+        if args.save_dir:
+            env.set_variable(SAVE_DIR, os.path.abspath(args.save_dir))
+        if args.resume:
+            env.set_variable(RESUME, "1")
         return _launch(_config(args, nproc, logs), command, args.nnodes * nproc)
 
 
@@ -63,7 +74,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(
             "there is no such script", got=args.script, expected="a Python file", do="give its path, or -m for a module"
         )
-    for name, value in (("--nproc", args.nproc), ("--nnodes", args.nnodes)):
+    if args.resume and not args.save_dir:
+        raise UsageError(
+            "--resume does not know from where",
+            got="no --save-dir",
+            expected="the folder that the script and SIGTERM save into",
+            do="add --save-dir DIR",
+        )
+    for name, value in (("--nproc", args.nproc), ("--nnodes", args.nnodes), ("--grace", args.grace)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is below 1", got=str(value), do=f"give {name} a positive number")
     if args.nnodes == 1 or args.rdzv_endpoint:
@@ -96,7 +114,7 @@ def _config(args: argparse.Namespace, nproc: int, logs: str) -> LaunchConfig:
     everything = args.output == "all"
     options: dict[str, Any] = {}
     if "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}:
-        options["shutdown_timeout"] = _SHUTDOWN_SECONDS
+        options["shutdown_timeout"] = args.grace
     return LaunchConfig(
         min_nodes=args.nnodes,
         max_nodes=args.nnodes,
@@ -143,6 +161,10 @@ def _launch(config: LaunchConfig, command: list[str], num_ranks: int) -> int:
         logs = Path(config.logs_specs.root_log_dir) if config.logs_specs is not None else Path()
         return _report(error.failures, num_ranks, logs)
     except SignalException as stop:
+        saved = _saved(config) if stop.sigval == signal.SIGTERM else ""
+        if saved:
+            sys.stderr.write(f"deepcore run: SIGTERM, all ranks saved into {saved} and ended\n")
+            return 0
         sys.stderr.write(f"deepcore run: {signal.Signals(stop.sigval).name}, all ranks were ended\n")
         return 128 + stop.sigval
     except RendezvousError as error:
@@ -153,6 +175,13 @@ def _launch(config: LaunchConfig, command: list[str], num_ranks: int) -> int:
             do="check that the address is reachable from every machine and that each has its own --node-rank",
         ) from error
     return 0
+
+
+def _saved(config: LaunchConfig) -> str:
+    """Where all ranks of this machine saved after SIGTERM; "" if any did not."""
+    folder = Path(config.logs_specs.root_log_dir) if config.logs_specs is not None else Path()
+    marks = [folder / f"saved.{rank}" for rank in range(config.nproc_per_node)]
+    return marks[0].read_text() if all(mark.is_file() for mark in marks) else ""
 
 
 def _silence_agent() -> None:

@@ -16,6 +16,7 @@ from deepcore.checkpoint.background import BackgroundSaver
 from deepcore.comm.letters import letters
 from deepcore.engine import restoring, saving
 from deepcore.engine.accounting import Accounting
+from deepcore.engine.leaving import leaving
 from deepcore.engine.restoring import LoadOptions
 from deepcore.zero.strategy import ZeroStrategy
 
@@ -27,12 +28,17 @@ class Persistent(Accounting):
         module: the model, or those of its layers that are here.
         strategy: where its weights are.
         lr_scheduler, training_dataloader: None where there is none.
+        last_save_dir: where it was saved last.
+        resumed_from, client_state: of the checkpoint that ``deepcore run --resume`` loaded; None where it did not.
     """
 
     module: torch.nn.Module
     strategy: ZeroStrategy
     lr_scheduler: Any
     training_dataloader: Any
+    last_save_dir: Path | None = None
+    resumed_from: str | None = None
+    client_state: dict[str, Any] | None = None
     _saver: BackgroundSaver | None = None
     _destroyed: bool
 
@@ -121,6 +127,7 @@ class Persistent(Accounting):
         if self._destroyed:
             return
         self._destroyed = True
+        leaving.leave(self)
         try:
             self.wait_for_save()
         finally:
@@ -132,6 +139,10 @@ class Persistent(Accounting):
     @abstractmethod
     def _tear_down(self) -> None:
         """``destroy``, of what is an engine's own."""
+
+    def _after_step(self) -> None:
+        super()._after_step()
+        leaving.at_boundary(self)
 
     def saves_here(self, name: str) -> bool:
         """Whether this rank's word counts for a buffer that ranks with other layers may hold too, in their own way."""

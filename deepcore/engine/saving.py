@@ -26,6 +26,7 @@ from deepcore.checkpoint.names import BUFFERS
 from deepcore.checkpoint.progress import lines_of
 from deepcore.checkpoint.retention import Retention
 from deepcore.comm.exchange import gather_records, together
+from deepcore.config.resolve import MICRO, TOTAL
 from deepcore.engine import random_state
 from deepcore.engine.contents import (
     OptimizerContents,
@@ -68,6 +69,7 @@ def save(
     options = SaveOptions(
         fsync=section.fsync, latest=save_latest, retention=Retention(section.keep_last, section.keep_every)
     )
+    engine.last_save_dir = root
     lines = lines_of(f"saving {root / tag}", speaks=engine.global_rank == 0)
     if section.async_:
         return engine.background_saver().save(root, tag, content, options, lines)
@@ -150,6 +152,7 @@ def _state_of(engine: Persistent, client_state: Mapping[str, Any] | None, exclud
     return {
         "stages": engine.mesh.pp.size,
         "clock": engine.clock.state_dict(),
+        "batch": {TOTAL: engine.clock.train_batch, MICRO: engine.clock.micro_batch},
         "scaler": None if core is None else core.scaler.state_dict(),
         "schedule": schedule() if callable(schedule) else None,
         "loader": None if loader is None else loader.state_dict(rewind=engine.clock.in_window),
