@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deepcore.config.arguments import add_config_arguments as add_config_arguments
     from deepcore.engine.data import RepeatingLoader as RepeatingLoader
     from deepcore.engine.engine import Engine as Engine
+    from deepcore.engine.hybrid import HybridEngine as HybridEngine
     from deepcore.engine.pipeline import PipelineEngine as PipelineEngine
     from deepcore.front_door import initialize as initialize
     from deepcore.pipe import PipelineModule as PipelineModule
@@ -30,6 +31,7 @@ _HOMES = {
     "init_distributed": "deepcore.comm.setup",
     "add_config_arguments": "deepcore.config.arguments",
     "Engine": "deepcore.engine.engine",
+    "HybridEngine": "deepcore.engine.hybrid",
     "PipelineEngine": "deepcore.engine.pipeline",
     "PipelineModule": "deepcore.pipe",
     "RepeatingLoader": "deepcore.engine.data",

@@ -112,7 +112,6 @@ def _require_model(model: torch.nn.Module | None) -> torch.nn.Module:
 def _require_route(settings: Settings, mpu: Any) -> None:
     """Refuse, by name, the routes that are not there yet."""
     routes = {
-        "hybrid_engine.enabled (HybridEngine)": settings.hybrid_engine.enabled,
         "mpu (ranks laid out by another library)": mpu is not None,
     }
     for route, asked in routes.items():

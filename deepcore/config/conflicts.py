@@ -15,7 +15,7 @@ _MODES = ("fp16", "bf16", "amp")
 
 def conflicts(settings: Settings) -> Iterator[Problem]:
     """Every contradiction in ``settings``, in a fixed order."""
-    for rule in (_precision, _data_types, _autocast, _offload, _stages, _parallel):
+    for rule in (_precision, _data_types, _autocast, _offload, _stages, _parallel, _hybrid):
         yield from rule(settings)
 
 
@@ -89,3 +89,21 @@ def _parallel(settings: Settings) -> Iterator[Problem]:
     if tensor.autotp_size > 1 and tensor.tp.tp_size > 1 and tensor.autotp_size != tensor.tp.tp_size:
         what = "tensor_parallel.autotp_size and tensor_parallel.tp.tp_size contradict each other"
         yield Problem(what, got=f"{tensor.autotp_size} and {tensor.tp.tp_size}", do="keep autotp_size")
+
+
+def _hybrid(settings: Settings) -> Iterator[Problem]:
+    if not settings.hybrid_engine.enabled:
+        return
+    cuts = {
+        "sequence_parallel_size": (settings.sequence_parallel_size, "no rank has the whole of a sequence to continue"),
+        "tensor_parallel.autotp_size": (settings.tensor_parallel.size, "no rank has whole layers to call"),
+        "hybrid_engine.inference_tp_size": (settings.hybrid_engine.inference_tp_size, "every rank generates alone"),
+    }
+    for key, (size, reason) in cuts.items():
+        if size > 1:
+            yield Problem(
+                f"hybrid_engine.enabled with {key} {size} is not offered: {reason}",
+                got=f"{key} {size}",
+                expected=f"{key} 1: data parallelism over all ranks, at any ZeRO stage",
+                do=f"set {key} to 1, or disable hybrid_engine",
+            )

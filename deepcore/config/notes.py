@@ -70,6 +70,10 @@ def _always(note: str) -> _Idle:
     return lambda settings: note
 
 
+def _unpinned(settings: Settings) -> str | None:
+    return _disabled("hybrid_engine")(settings) or _below_stage(3)(settings)
+
+
 # The longest prefix of a dotted key decides; only keys that the user wrote are remarked on.
 IDLE: dict[str, _Idle] = {
     **{
@@ -79,6 +83,9 @@ IDLE: dict[str, _Idle] = {
             *("csv_monitor", "comet", "flops_profiler", "comms_logger"),
         )
     },
+    "hybrid_engine.tp_gather_partition_size": _always("no effect: all layers are gathered together"),
+    "hybrid_engine.release_inference_cache": _always("no effect: a cache lives for one call of generate()"),
+    "hybrid_engine.pin_parameters": _unpinned,
     "zero_optimization.stage3_": _below_stage(3),
     "zero_optimization.sub_group_size": _not_tiled,
     "zero_optimization.leaf_module.": _below_stage(3),

@@ -20,6 +20,7 @@ from deepcore.engine.closure import ClosureEvaluator
 from deepcore.engine.core import StepSettings, TrainCore
 from deepcore.engine.engine import Engine
 from deepcore.engine.grouping import Grouper, Grouping
+from deepcore.engine.hybrid import HybridEngine
 from deepcore.engine.placement import cast_rest, require_same_model, require_stage, restore_rest, share_weights
 from deepcore.engine.regime import policy_from, scaler_from
 from deepcore.engine.residence import arena_maker
@@ -73,7 +74,8 @@ def build_engine(
     shards = cut_model(model, mesh, settings)  # before it moves: no device holds all of it
     model.to(world.device)
     parts = build_parts(model, client, model_parameters, world, mesh, settings, shards=shards)
-    engine = Engine(model, parts.strategy, parts.core, parts.clock, world, mesh, settings, parts.casts)
+    kind = HybridEngine if settings.hybrid_engine.enabled else Engine
+    engine = kind(model, parts.strategy, parts.core, parts.clock, world, mesh, settings, parts.casts)
     engine.join_parts(parts.shards)
     bind_optimizer(parts, engine.full_step, replicate=settings.zero_optimization.replicate_optimizer)
     parts.strategy.attach()

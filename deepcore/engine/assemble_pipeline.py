@@ -29,7 +29,7 @@ def build_pipeline_engine(
     model: PipelineModule, client: Any, model_parameters: Iterable[Any] | None, world: World, settings: Settings
 ) -> tuple[PipelineEngine, torch.optim.Optimizer | None]:
     """The engine, and the base optimizer that a callable lr_scheduler receives."""
-    _require_offered(settings)
+    _require_offered(settings, model.num_stages)
     given = None if model_parameters is None else list(model_parameters)
     _place(model, settings)
     mesh = Mesh.build(world, pp=model.num_stages)
@@ -48,7 +48,7 @@ def build_pipeline_engine(
     return engine, parts.base
 
 
-def _require_offered(settings: Settings) -> None:
+def _require_offered(settings: Settings, num_stages: int) -> None:
     stage = settings.zero_optimization.stage
     if stage == 3:
         raise ConfigError(
@@ -57,6 +57,13 @@ def _require_offered(settings: Settings) -> None:
             expected="stage 0, 1 or 2",
             do="use stage 1: stage 3 would gather a layer's weights again for every micro-batch, forward and backward, "
             "while the other stages wait; add pipeline stages to save weights",
+        )
+    if settings.hybrid_engine.enabled:
+        raise ConfigError(
+            "hybrid_engine.enabled is not offered with a pipeline",
+            got=f"a PipelineModule of {num_stages} stages",
+            expected="a model that a rank can call as a whole: for a token at a time stages would wait in turns",
+            do='pass the model as one torch.nn.Module; "zero_optimization": {"stage": 3} cuts its weights over ranks',
         )
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(settings.zero_optimization, name).device

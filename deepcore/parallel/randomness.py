@@ -35,7 +35,7 @@ def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
     """Random numbers inside follow from these numbers alone; torch's generator then goes on as if nothing had been."""
     generator = _generator(device)
     before = generator.get_state()
-    generator.manual_seed(_mixed(*numbers))
+    generator.manual_seed(mixed(*numbers))
     try:
         yield
     finally:
@@ -94,7 +94,7 @@ def _fork(generator: torch.Generator, coordinates: tuple[int, ...]) -> torch.Ten
         generator.set_offset(generator.get_offset() + _CUDA_STEP)
         after = generator.get_state()
         generator.set_state(before)
-    generator.manual_seed(_mixed(*drawn, *coordinates))
+    generator.manual_seed(mixed(*drawn, *coordinates))
     return after
 
 
@@ -106,7 +106,7 @@ def _generator(device: torch.device) -> torch.Generator:
     return generator
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
     """63 bits in which every bit of every number counts."""
     text = ",".join(str(number) for number in numbers).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -138,9 +138,12 @@ class GatherCycle:
         self._axis.vote(True, what=_ANOTHER)
 
     def close(self) -> None:
-        """End the pass: join what is left, and further cycles as long as any rank needs one."""
+        """End the pass: join what is left, and further cycles as long as any rank needs one.
+
+        Where contexts hold every unit no rank can need one: then a pass is no matter of the other ranks.
+        """
         self._finish()
-        while not self._uniform and self._axis.vote(False, what=_ANOTHER):
+        while self._everything and not self._uniform and self._axis.vote(False, what=_ANOTHER):
             self._again()
             self._finish()
 

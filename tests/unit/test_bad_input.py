@@ -104,7 +104,6 @@ def test_unknown_optimizer_scheduler_and_parameters() -> None:
 
 
 def test_routes_that_are_not_built() -> None:
-    refused(ConfigError, config={**CONFIG, "hybrid_engine": {"enabled": True}})
     assert "mpu" in refused(ConfigError, mpu=object())
 
 

@@ -114,14 +114,6 @@ def test_an_import_is_timed_in_a_process_of_its_own() -> None:
 
 
 def test_every_subject_is_covered_here() -> None:
-    assert set(subjects()) == {
-        *CASES,
-        "checkpoint",
-        "pipeline",
-        "step",
-        "memory",
-        "initialize",
-        "import",
-        "sequence",
-        "overhead",
-    }
+    # "generate" runs in tests/dist/test_hybrid_transformers.py, whose ranks have imported transformers already
+    others = {"checkpoint", "pipeline", "step", "memory", "initialize", "import", "sequence", "overhead", "generate"}
+    assert set(subjects()) == {*CASES, *others}

@@ -37,9 +37,9 @@ def test_validate_lists_the_problems(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_explain_notes_what_is_not_built_instead_of_failing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(tmp_path, '{"train_batch_size": 8, "hybrid_engine": {"enabled": true}}')
+    path = written(tmp_path, '{"train_batch_size": 8, "compile": {"deepcompile": true}}')
     assert main(["config", "explain", path]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("hybrid_engine.enabled"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("compile.deepcompile"))
     assert "user" in line
     assert "not available yet" in line
     assert main(["config", "validate", path]) == 2

@@ -274,6 +274,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "optimizer": {"type": "Adam", "params": {"fp32_optimizer_states": False}}
     },
     "tensor_parallel.tp.tp_grain_size": {"tensor_parallel": {"tp": {"tp_grain_size": 2}}},
+    "hybrid_engine.enable_cuda_graph": {"hybrid_engine": {"enabled": True, "enable_cuda_graph": True}},
     "log_level": {"log_level": "debug"},
 }
 
