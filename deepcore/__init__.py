@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from deepcore import comm as comm
     from deepcore import pipe as pipe
     from deepcore import sequence as sequence
+    from deepcore import tensor as tensor
     from deepcore import zero as zero
     from deepcore.comm.setup import init_distributed as init_distributed
     from deepcore.config.arguments import add_config_arguments as add_config_arguments
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deepcore.engine.hybrid import HybridEngine as HybridEngine
     from deepcore.engine.pipeline import PipelineEngine as PipelineEngine
     from deepcore.front_door import initialize as initialize
+    from deepcore.parallel.tensor.wishes import tp_model_init as tp_model_init
     from deepcore.pipe import PipelineModule as PipelineModule
     from deepcore.verification import verify as verify
 
@@ -35,9 +37,10 @@ _HOMES = {
     "PipelineEngine": "deepcore.engine.pipeline",
     "PipelineModule": "deepcore.pipe",
     "RepeatingLoader": "deepcore.engine.data",
+    "tp_model_init": "deepcore.parallel.tensor.wishes",
     "verify": "deepcore.verification",
 }
-_SUBPACKAGES = ("checkpointing", "comm", "config", "errors", "ops", "optim", "pipe", "sequence", "zero")
+_SUBPACKAGES = ("checkpointing", "comm", "config", "errors", "ops", "optim", "pipe", "sequence", "tensor", "zero")
 
 __all__ = ["__version__", *_HOMES, *_SUBPACKAGES]
 

@@ -24,6 +24,7 @@ from deepcore.engine.pipeline import PipelineEngine
 from deepcore.errors import ConfigError
 from deepcore.optim.schedules import build_scheduler
 from deepcore.parallel.pipeline.module import PipelineModule
+from deepcore.parallel.tensor.wishes import with_wish
 
 
 def initialize(
@@ -71,7 +72,8 @@ def initialize(
 
     world = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     replicas = world.size // model.num_stages if isinstance(model, PipelineModule) else None
-    settings = parse(with_mesh(raw, mesh_param), world_size=world.size, data_parallel_size=replicas)
+    wanted = with_wish(with_mesh(raw, mesh_param), model)
+    settings = parse(wanted, world_size=world.size, data_parallel_size=replicas)
     _require_route(settings, mpu)
     ops.load(world.device.type)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deepcore.checkpoint import folder as folders
+from deepcore.checkpoint.cut_tensors import cut_record, part_name
 from deepcore.checkpoint.dtypes import DTYPES
 from deepcore.checkpoint.fragments import Form, Fragment
 from deepcore.checkpoint.io import Progress
@@ -106,6 +107,7 @@ class Save:
 
     def __init__(self, root: Path, tag: str, content: Content, axis: Axis, options: SaveOptions) -> None:
         self._root, self._tag, self._options = root, tag, options
+        fragments, cuts = _in_parts(content.fragments)
         self._state, self._about = content.state, content.about
         self._staging: folders.Staging | None = None
         failure = ""
@@ -114,13 +116,13 @@ class Save:
         except OSError as error:
             failure = words(error)
         folder = "" if self._staging is None else self._staging.path.name
-        mine = {"failure": failure, "folder": folder, "held": described(content.fragments), "own": content.own}
+        mine = {"failure": failure, "folder": folder, "held": described(fragments), "cuts": cuts, "own": content.own}
         try:
             self._offers = gather_records(mine, axis)
             require_no_failure([offer["failure"] for offer in self._offers], root, axis.ranks)
             self.name: str = self._offers[0]["folder"]
             held = [offer["held"] for offer in self._offers]
-            self.part = Part(root / self.name, axis.rank, held, content.fragments)
+            self.part = Part(root / self.name, axis.rank, held, fragments)
         except DeepcoreError:
             self.abandon()
             raise
@@ -150,6 +152,13 @@ class Save:
         self.abandon()
 
 
+def _in_parts(fragments: Sequence[Fragment]) -> tuple[list[Fragment], dict[str, Any]]:
+    """The same under the names by which parts of cut tensors are saved, and how those are cut, for the others."""
+    renamed = [f if f.cut is None else replace(f, name=part_name(f.name, f.cut)) for f in fragments]
+    cuts = {f.name: f.cut for f in fragments if f.cut is not None}
+    return renamed, {name: [cut.shape, cut.dim, cut.segments, cut.count] for name, cut in cuts.items()}
+
+
 def _manifest(
     state: Mapping[str, Any], about: Mapping[str, Any], offers: Sequence[Any], records: Sequence[Any]
 ) -> Manifest:
@@ -175,7 +184,8 @@ def _manifest(
     }
     for name, tensor in tensors.items():
         assert sum(piece.numel for piece in tensor.pieces) == tensor.form.numel, f"'{name}' is whole, over all ranks"
-    return Manifest(tuple(files), tensors, {**state, "ranks": [offer["own"] for offer in offers]}, about)
+    cuts = {name: cut_record(name, entry, forms) for offer in reversed(offers) for name, entry in offer["cuts"].items()}
+    return Manifest(tuple(files), tensors, {**state, "ranks": [offer["own"] for offer in offers]}, about, cuts)
 
 
 def require_no_failure(failures: Iterable[str], root: Path, ranks: Sequence[int]) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from deepcore.sharding.cuts import Cut
+
 Tensor = torch.Tensor
 
 
@@ -48,10 +50,11 @@ class Fragment:
 
     Attributes:
         name: the same on every rank.
-        form: of the whole tensor.
+        form: of the whole tensor; where it is cut, of the part.
         offset: of the first element.
         values: 1-D (n,); when loading it may have another dtype than the file.
         home: the whole tensor, where ``values`` could not be a view of it and is a copy.
+        cut: which part of the tensor ``name`` this is about, where it is cut over ranks.
         keep: takes ``values`` once they are overwritten, where they are a copy of what is not in memory.
     """
 
@@ -61,6 +64,7 @@ class Fragment:
     values: Tensor
     home: Tensor | None = None
     keep: Callable[[Tensor], None] | None = None
+    cut: Cut | None = None
 
 
 def order_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:

@@ -12,16 +12,18 @@ import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from deepcore.checkpoint.cut_tensors import CutRecord, cut_record
 from deepcore.checkpoint.dtypes import DTYPES, NAMES
 from deepcore.checkpoint.fragments import Form
 from deepcore.errors import CheckpointError
 from deepcore.ops.block_file import ALGORITHMS
 
-FORMAT, VERSION = "deepcore checkpoint", 2
-READ = (1, VERSION)  # versions; 1 had no checksum but CRC-32
+FORMAT, VERSION = "deepcore checkpoint", 3
+UNCUT = 2  # the version of a checkpoint without tensors in parts, which the deepcore before can read
+READ = (1, UNCUT, VERSION)  # versions; 1 had no checksum but CRC-32
 FILE_NAME = "manifest.json"
 MAX_DIMS, MAX_NBYTES = 64, 1 << 31  # of a tensor; of a manifest
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
@@ -66,12 +68,14 @@ class Manifest:
         tensors: by name.
         state: nested plain values, see ``encoding``.
         about: what wrote it, for people to read.
+        cuts: of tensors that ``tensors`` has in parts.
     """
 
     files: tuple[FileRecord, ...]
     tensors: Mapping[str, TensorRecord]
     state: Mapping[str, Any]
     about: Mapping[str, Any]
+    cuts: Mapping[str, CutRecord] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The file: JSON whose first member is a checksum of the second."""
@@ -81,7 +85,7 @@ class Manifest:
     def _plain(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.cuts else UNCUT,
             "about": dict(self.about),
             "files": [
                 {"name": f.name, "nbytes": f.nbytes, "block": f.block, f.algorithm: list(f.sums)} for f in self.files
@@ -95,6 +99,7 @@ class Manifest:
                 }
                 for name, record in self.tensors.items()
             },
+            **({"cuts": {name: record.plain() for name, record in self.cuts.items()}} if self.cuts else {}),
             "state": dict(self.state),
         }
 
@@ -137,10 +142,12 @@ class Manifest:
             raise ValueError("two files of one name")
         tensors = {str(name): _tensor(entry, files) for name, entry in plain["tensors"].items()}
         _require_apart(tensors, files)
+        forms = {name: record.form for name, record in tensors.items()}
+        cuts = {str(name): cut_record(str(name), entry, forms) for name, entry in plain.get("cuts", {}).items()}
         state, about = plain["state"], plain["about"]
         if not isinstance(state, dict) or not isinstance(about, dict):
             raise ValueError("state and about are objects")
-        return cls(files, tensors, state, about)
+        return cls(files, tensors, state, about, cuts)
 
 
 def require_name(name: str, what: str) -> None:

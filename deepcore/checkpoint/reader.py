@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deepcore.checkpoint import folder as folders
+from deepcore.checkpoint.cut_tensors import fill, part_name, same_cut, whole_cut
 from deepcore.checkpoint.fragments import Form, Fragment, in_shape, reordered
 from deepcore.checkpoint.io import Span, open_plainly, read_spans, verify_file
 from deepcore.checkpoint.manifest import FILE_NAME, MAX_NBYTES, Manifest, TensorRecord
@@ -44,6 +45,7 @@ class Reader:
         if where.stat().st_size > MAX_NBYTES:
             raise CheckpointError(f"{where} is too large to be a manifest", got=f"{where.stat().st_size} bytes")
         self.manifest = Manifest.from_bytes(where.read_bytes(), str(where))
+        self._tensors = _whole_tensors(self.manifest)
         self._require_files()
 
     def _require_files(self) -> None:
@@ -54,15 +56,16 @@ class Reader:
 
     @property
     def tensors(self) -> Mapping[str, TensorRecord]:
-        return self.manifest.tensors
+        """Of the checkpoint, whole ones by their own names: parts that it has of some are not in it."""
+        return self._tensors
 
     def record(self, name: str) -> TensorRecord:
         """The tensor's record; CheckpointError where there is none."""
-        found = self.manifest.tensors.get(name)
+        found = self._tensors.get(name)
         if found is None:
             raise CheckpointError(
                 f"the checkpoint {self.path} has no tensor '{name}'",
-                got=f"{len(self.manifest.tensors)} tensors of other names",
+                got=f"{len(self._tensors)} tensors of other names",
                 expected="one of this name",
                 do="'deepcore checkpoint inspect' lists what it has",
             )
@@ -88,7 +91,7 @@ class Reader:
         """Raise CheckpointError where a target is missing or has another shape; reads nothing."""
         for target in targets:
             record = self.record(target.name)
-            if record.form.shape != target.form.shape:
+            if record.form.shape != (target.form.shape if target.cut is None else target.cut.shape):
                 raise _other_shape(target, record.form)
 
     def read(self, targets: Iterable[Fragment]) -> None:
@@ -99,10 +102,15 @@ class Reader:
         """
         spans: dict[int, list[Span]] = {}
         later: list[tuple[Fragment, torch.Tensor, Form]] = []
+        otherwise_cut: list[Fragment] = []
         targets = list(targets)
         self.check(targets)
         for target in targets:
-            record = self.record(target.name)
+            source = self._source_of(target)
+            if source is None:
+                otherwise_cut.append(target)
+                continue
+            record = self.manifest.tensors[source]
             if record.form.order != target.form.order:
                 flat = torch.empty(record.form.numel, dtype=record.form.dtype)
                 later.append((target, flat, record.form))
@@ -114,11 +122,43 @@ class Reader:
         for target, flat, form in later:
             ordered = reordered(flat, form, target.form.order)
             target.values.copy_(ordered[target.offset : target.offset + target.values.numel()])
+        for target in otherwise_cut:
+            self._fill(target)
         for target in targets:
             if target.home is not None:
                 target.home.copy_(in_shape(target.values, target.form))
             if target.keep is not None:
                 target.keep(target.values)
+
+    def _source_of(self, target: Fragment) -> str | None:
+        """The tensor of the manifest of which a target is a run; None where it is cut in another way."""
+        record = self.manifest.cuts.get(target.name)
+        if record is None:
+            return target.name if target.cut is None else None
+        if target.cut is None or not same_cut(record.first, target.cut):
+            return None
+        return part_name(target.name, target.cut)
+
+    def _fill(self, target: Fragment) -> None:
+        if target.values.numel() == 0:
+            return
+        record = self.manifest.cuts.get(target.name)
+        if record is not None:
+            fill(target, record.cuts, record.dtype, lambda cut: self._stored(part_name(target.name, cut)))
+            return
+        assert target.cut is not None
+        whole = whole_cut(target.cut.shape, target.cut.dim)
+        fill(target, [whole], self.record(target.name).form.dtype, lambda _: self._stored(target.name))
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """A tensor of the manifest, in the CPU's memory."""
+        record = self.manifest.tensors[name]
+        flat = torch.empty(record.form.numel, dtype=record.form.dtype)
+        spans: dict[int, list[Span]] = {}
+        self._plan(Fragment(name, record.form, 0, flat), record, spans)
+        for number, wanted in sorted(spans.items()):
+            read_spans(self.path, self.manifest.files[number], wanted, verify=self._verify)
+        return in_shape(flat, record.form)
 
     def _plan(self, target: Fragment, record: TensorRecord, spans: dict[int, list[Span]]) -> None:
         if target.values.numel() == 0:
@@ -138,6 +178,14 @@ class Reader:
         for record in self.manifest.files:
             progress(record.name)
             verify_file(self.path, record)
+
+
+def _whole_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
+    """By name; one that is there in parts has no pieces of its own."""
+    parts = {part_name(name, cut) for name, record in manifest.cuts.items() for cut in record.cuts}
+    found = {name: record for name, record in manifest.tensors.items() if name not in parts}
+    found.update({name: TensorRecord(record.form, ()) for name, record in manifest.cuts.items()})
+    return dict(sorted(found.items()))
 
 
 def _span(begin: int, end: int, values: torch.Tensor, dtype: torch.dtype) -> Span:
@@ -175,6 +223,6 @@ def _other_shape(target: Fragment, form: Form) -> CheckpointError:
     return CheckpointError(
         f"'{target.name}' has another shape in the checkpoint",
         got=f"{form.shape} in the checkpoint",
-        expected=f"{target.form.shape} in the model",
+        expected=f"{target.form.shape if target.cut is None else target.cut.shape} in the model",
         do="build the model as it was when it was saved",
     )

@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from deepcore.errors import UsageError
 
@@ -27,25 +30,74 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     memory.add_argument("--config", required=True, help="the config that initialize() would get")
     memory.add_argument("--ranks", type=int, required=True, help="number of ranks of the job")
     memory.add_argument("--stage", type=int, choices=STAGES, help="only this ZeRO stage (default: all)")
+    tensor = topics.add_parser(
+        "tensor",
+        help="which layers tensor parallelism cuts, which stay whole, and why",
+        description="MODEL is a Python file that defines build_model(), or a folder with the config.json of a "
+        "transformers model. It is built on torch's meta device.",
+    )
+    tensor.add_argument("model", help="a Python file, or a folder with a config.json")
+    tensor.add_argument("--config", help="the config that initialize() would get")
+    tensor.add_argument("--ranks", type=int, help="tensor-parallel ranks (default: the config's autotp_size)")
 
 
 def run(args: argparse.Namespace) -> int:
     """0; what cannot be planned raises."""
+    return _tensor(args) if args.topic == "tensor" else _memory(args)
+
+
+def _tensor(args: argparse.Namespace) -> int:
+    from deepcore.config import load
+    from deepcore.tensor import plan
+
+    section = dict((load(args.config).get("tensor_parallel") or {}) if args.config else {})
+    size = args.ranks or section.get("autotp_size", 0)
+    if type(size) is not int or size < 2:
+        raise UsageError(
+            "a plan of tensor parallelism needs a number of ranks",
+            got=f"--ranks {args.ranks}, autotp_size {section.get('autotp_size')}",
+            expected="2 or more",
+            do="pass --ranks 2, for example",
+        )
+    model = _from_folder(args.model) if Path(args.model).is_dir() else _from_script(args.model)
+    sys.stdout.write("\n".join(plan(model, size, section).lines()) + "\n")
+    return 0
+
+
+def _from_folder(folder: str) -> Any:
     import torch
 
-    from deepcore.config import load
-    from deepcore.plan.memory import plan_memory, table
+    try:
+        transformers = import_module("transformers")
+    except ImportError as error:
+        raise UsageError(
+            "transformers cannot be used", got=str(error), expected="transformers 5 or newer", do="install it"
+        ) from error
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
 
-    build_model = runpy.run_path(args.script).get("build_model")
+
+def _from_script(script: str) -> Any:
+    import torch
+
+    build_model = runpy.run_path(script).get("build_model")
     if not callable(build_model):
         raise UsageError(
-            f"{args.script} defines no function build_model()",
+            f"{script} defines no function build_model()",
             got="no such function",
             expected="a function without arguments that returns the model",
             do="define build_model() there",
         )
     with torch.device("meta"):
-        model = build_model()
+        return build_model()
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from deepcore.config import load
+    from deepcore.plan.memory import plan_memory, table
+
+    model = _from_script(args.script)
     config = load(args.config)
     zero = config.get("zero_optimization") or {}
     plans = []

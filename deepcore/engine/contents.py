@@ -6,6 +6,7 @@ Knows nothing of files or manifests. The same list serves saving, where it is re
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,13 +35,14 @@ def weight_fragments(module: torch.nn.Module, *, exclude_frozen: bool = False) -
             continue
         held = holdings.require(param)
         if held.group is None:
-            yield whole(WEIGHTS + name, param.data)
+            yield replace(whole(WEIGHTS + name, param.data), cut=held.cut)
             continue
         part = weights_part(held)
         if part is not None:
             form, keep = param_form(held, part.values.dtype), partial(store_weights, held, part)
             filed = held.holdings.strategy.arena.is_filed
-            yield Fragment(WEIGHTS + name, form, part.offset, part.values, keep=keep if filed else None)
+            keep_filed = keep if filed else None
+            yield Fragment(WEIGHTS + name, form, part.offset, part.values, keep=keep_filed, cut=held.cut)
         elif held.slot.numel == 0:
             dtype = held.group.dtypes.master
             yield Fragment(WEIGHTS + name, param_form(held, dtype), 0, torch.empty(0, dtype=dtype))
@@ -106,10 +108,13 @@ class OptimizerContents:
         label = f"{STATE}{name}/{key}"
         if isinstance(value, torch.Tensor) and (value.ndim or offset is not None):
             if offset is None:
-                self.fragments.append(whole(label, value))
+                fits = held is not None and held.cut is not None and tuple(value.shape) == held.cut.part_shape
+                cut = held.cut if held is not None and fits else None
+                self.fragments.append(replace(whole(label, value), cut=cut))
             else:
                 assert held is not None
-                self.fragments.append(Fragment(label, param_form(held, value.dtype), offset, value))
+                form = param_form(held, value.dtype)
+                self.fragments.append(Fragment(label, form, offset, value, cut=held.cut))
             encoded: Any = {"$": "tensor", "v": label}
         else:
             encoder = Encoder(f"{label}/", allow_pickle=self._allow_pickle)

@@ -278,7 +278,7 @@ class Engine(CompiledBlocks, Persistent):
 
     def join_parts(self, shards: TensorShards | None) -> None:
         """Compute on a part of each layer, together with the ranks that hold the others."""
-        self.parts = None if shards is None else PartRanks(shards)
+        self.parts = None if shards is None else PartRanks(shards, self.mesh.world)
 
     def _randomness(self) -> AbstractContextManager[None]:
         """Every rank of a sequence draws its own numbers in the forward pass: it holds other tokens, or other heads.

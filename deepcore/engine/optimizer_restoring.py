@@ -13,7 +13,7 @@ import torch
 
 from deepcore.base.log import logger
 from deepcore.checkpoint.encoding import Decoder
-from deepcore.checkpoint.fragments import Fragment, order_of
+from deepcore.checkpoint.fragments import Form, Fragment, order_of
 from deepcore.checkpoint.names import WEIGHTS
 from deepcore.checkpoint.reader import Reader
 from deepcore.engine.contents import param_form, updated
@@ -99,7 +99,8 @@ class OptimizerRestorer:
                 keep = partial(self._optimizer.write_state, held.param, key)
                 filed = held.holdings.strategy.arena.is_filed
                 values = value.view(-1)
-                self.targets.append(Fragment(entry["v"], form, offset or 0, values, keep=keep if filed else None))
+                target = Fragment(entry["v"], form, offset or 0, values, keep=keep if filed else None, cut=held.cut)
+                self.targets.append(target)
 
     def _plan_client(self, held: Held, name: str, entries: Entries) -> None:
         optimizer = self._optimizer
@@ -110,6 +111,9 @@ class OptimizerRestorer:
 
         def fetch(label: str) -> torch.Tensor:
             form = self._reader.record(label).form
+            cut = held.cut if held.cut is not None and form.shape == held.cut.shape else None
+            if cut is not None:
+                form = Form(form.dtype, cut.part_shape, form.order)
             dtype, stride = form.dtype, None
             if form.shape == held.slot.shape:
                 stride = held.group.strides[held.index]  # type: ignore[union-attr]
@@ -121,7 +125,7 @@ class OptimizerRestorer:
                 value = torch.empty_strided(form.shape, stride, dtype=dtype, device=device)
             order = order_of(form.shape, value.stride())
             flat = value.permute(order).view(-1) if value.ndim else value.view(-1)
-            self.targets.append(Fragment(label, type(form)(dtype, form.shape, order), 0, flat))
+            self.targets.append(Fragment(label, Form(dtype, form.shape, order), 0, flat, cut=cut))
             return value
 
         decoder = Decoder(fetch, allow_pickle=self._allow_pickle)

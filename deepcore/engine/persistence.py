@@ -18,6 +18,7 @@ from deepcore.engine import restoring, saving
 from deepcore.engine.accounting import Accounting
 from deepcore.engine.leaving import leaving
 from deepcore.engine.restoring import LoadOptions
+from deepcore.engine.tensor import PartRanks
 from deepcore.zero.strategy import ZeroStrategy
 
 
@@ -30,6 +31,7 @@ class Persistent(Accounting):
         lr_scheduler, training_dataloader: None where there is none.
         last_save_dir: where it was saved last.
         resumed_from, client_state: of the checkpoint that ``deepcore run --resume`` loaded; None where it did not.
+        parts: what is done together with ranks that hold other parts of the layers; None where this one has all.
     """
 
     module: torch.nn.Module
@@ -41,6 +43,7 @@ class Persistent(Accounting):
     client_state: dict[str, Any] | None = None
     _saver: BackgroundSaver | None = None
     _destroyed: bool
+    parts: PartRanks | None = None
 
     def save_checkpoint(
         self,

@@ -25,8 +25,8 @@ from deepcore.engine import random_state
 from deepcore.engine.contents import aliases, buffer_fragments, extra_states, weight_fragments
 from deepcore.engine.optimizer_restoring import OptimizerRestorer, require_groups, restore_groups
 from deepcore.engine.saved_state import require_state
-from deepcore.engine.saving import require_folder, require_whole_layers
-from deepcore.errors import CheckpointError
+from deepcore.engine.saving import require_folder
+from deepcore.errors import CheckpointError, UsageError
 from deepcore.zero.gather import load_weights
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """``load_checkpoint`` of any engine."""
     root = require_folder(load_dir, "load_dir")
-    require_whole_layers(engine)
+    _require_known_shapes(engine, options)
     engine.wait_for_save()
     settle_all()
     world = engine.mesh.world
@@ -76,6 +76,16 @@ def load(
     if engine.global_rank == 0:
         logger().info(f"loaded {reader.path}")
     return str(reader.path), client
+
+
+def _require_known_shapes(engine: Persistent, options: LoadOptions) -> None:
+    if options.custom is not None and engine.parts is not None:
+        raise UsageError(
+            "custom_load_fn does not work with tensor parallelism",
+            got=f"{engine.mesh.tp.size} tensor-parallel ranks, whose module has parts of its weights",
+            expected="load_checkpoint() without it, or engine.load_module_state_dict() with whole tensors",
+            do="read the checkpoint by yourself and pass engine.load_module_state_dict() what you made of it",
+        )
 
 
 def _open(engine: Persistent, root: Path, tag: str | None) -> Reader | None:
@@ -244,6 +254,8 @@ class _Restorer:
         if self._options.schedule and callable(schedule) and state["schedule"] is not None:
             schedule(state["schedule"])
         engine.clock.load_state_dict(state["clock"])
+        if engine.parts is not None and state.get("draws"):
+            engine.parts.draws = list(state["draws"])
         if engine.core is not None:
             engine.core.scaler.load_state_dict(state["scaler"])
         if engine.training_dataloader is not None and state["loader"] is not None:

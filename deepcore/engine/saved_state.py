@@ -42,6 +42,7 @@ def _complaint(state: Mapping[str, Any]) -> str:
         ),
         "optimizer": lambda v: v is None or _is_optimizer(v),
         "module": lambda v: isinstance(v, dict) and all(isinstance(v.get(key), dict) for key in ("aliases", "extra")),
+        "draws": lambda v: v is None or (isinstance(v, list) and len(v) == 2 and all(_is_count(x) for x in v)),
         "client": lambda v: isinstance(v, dict),
         "ranks": lambda v: isinstance(v, list) and all(_is_rank(entry) for entry in v),
     }

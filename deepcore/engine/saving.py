@@ -58,7 +58,6 @@ def save(
 ) -> Path:
     """``save_checkpoint`` of any engine."""
     root = require_folder(save_dir, "save_dir")
-    require_whole_layers(engine)
     engine.wait_for_save()
     engine.prepare_to_save()
     tag = _agreed_tag(engine, require_tag(f"global_step{engine.global_steps}" if tag is None else tag))
@@ -77,17 +76,6 @@ def save(
     if engine.global_rank == 0:
         logger().info(f"saved {path}")
     return path
-
-
-def require_whole_layers(engine: Persistent) -> None:
-    """Raise where layers are cut: what a checkpoint says of tensors would be of parts."""
-    if engine.mesh.tp.size > 1:
-        raise UsageError(
-            "checkpoints of tensor-parallel engines are not there yet",
-            got=f"{engine.mesh.tp.size} tensor-parallel ranks",
-            expected="1",
-            do="save engine.module_state_dict(), which is of whole tensors, on rank 0",
-        )
 
 
 def _agreed_tag(engine: Persistent, tag: str) -> str:
@@ -151,6 +139,7 @@ def _state_of(engine: Persistent, client_state: Mapping[str, Any] | None, exclud
         )
     return {
         "stages": engine.mesh.pp.size,
+        "draws": None if engine.parts is None else list(engine.parts.draws),
         "clock": engine.clock.state_dict(),
         "batch": {TOTAL: engine.clock.train_batch, MICRO: engine.clock.micro_batch},
         "scaler": None if core is None else core.scaler.state_dict(),

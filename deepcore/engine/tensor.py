@@ -120,13 +120,13 @@ class PartRanks:
 
     Attributes:
         shards: the parts.
-        forwards: forward passes in training so far: their random numbers follow from it and a common seed, so that
-            ranks draw alike whatever each has drawn elsewhere.
+        draws: a seed, and the forward passes in training so far: their random numbers follow from those, so that ranks
+            draw alike whatever each has drawn elsewhere.
     """
 
-    def __init__(self, shards: TensorShards) -> None:
-        self.shards, self.forwards = shards, 0
-        self._seed: int = gather_records(torch.initial_seed() % 2**63, shards.axis)[0]
+    def __init__(self, shards: TensorShards, world: Axis) -> None:
+        self.shards = shards
+        self.draws: list[int] = [gather_records(torch.initial_seed() % 2**62, world)[0], 0]
         self._checked = False
 
     def require_same_inputs(self, inputs: Any) -> None:
@@ -144,8 +144,8 @@ class PartRanks:
         """The random numbers of a forward pass on the samples of a data-parallel ``replica``."""
         if not draws:
             return nullcontext()
-        self.forwards += 1
-        return seeded(self.shards.axis.device, self._seed, self.forwards, replica)
+        self.draws[1] += 1
+        return seeded(self.shards.axis.device, *self.draws, replica)
 
 
 def require_same_inputs(inputs: Any, axis: Axis) -> None:

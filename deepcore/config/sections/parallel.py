@@ -5,7 +5,7 @@ Knows nothing of meshes; sizes are multiplied in ``resolve.py``.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,7 +26,7 @@ class LayerSpec(Section):
 
     patterns: tuple[str, ...] = Field(strict=False, description="Regular expressions on parameter names.")
     partition_type: Literal["row", "column", "skip"] = Field(default="column", description="Which dimension is cut.")
-    shape: tuple[int | tuple[int, ...], ...] | None = Field(
+    shape: tuple[int | Annotated[tuple[int, ...], Field(strict=False)], ...] | None = Field(
         default=None, strict=False, description="Logical shape of a fused weight."
     )
     partition_dim: int | None = Field(default=None, description="Dimension of that shape to cut.")
