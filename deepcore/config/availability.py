@@ -19,7 +19,6 @@ class Unbuilt(NamedTuple):
     key: str
     asks: Callable[[Any], bool]
     instead: str
-    unless: str = ""  # a dotted key that, when on, has the request served by other means
     when: str = ""  # a dotted key without which the request is asleep
 
 
@@ -50,7 +49,6 @@ def _among(*values: Any) -> Callable[[Any], bool]:
 _REMOVE = "remove it"
 UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt("fp16.fp16_master_weights_and_grads", _on, "masters are fp32"),
-    Unbuilt("bf16.bf16_optimizer_states", _on, "moments are fp32"),
     Unbuilt(
         "amp.opt_level",
         _among("O3"),
@@ -68,13 +66,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt("prescale_gradients", _on, _REMOVE),
     Unbuilt("gradient_predivide_factor", _other_than(1.0), _REMOVE),
     Unbuilt("managed_gradient_accumulation", _off, "use engine.no_sync() or set_gradient_accumulation_boundary()"),
-    Unbuilt(
-        "optimizer.params.amsgrad",
-        _on,
-        'add "torch_adam": true: torch\'s own class has it',
-        unless="optimizer.params.torch_adam",
-    ),
-    Unbuilt("optimizer.params.fp32_optimizer_states", _off, _REMOVE),
     Unbuilt("tensor_parallel.tp_overlap_comm", _on, _REMOVE),
     Unbuilt("tensor_parallel.tp.tp_grain_size", _above(1), "every rank has an equal part"),
     Unbuilt("tensor_parallel.tp.mpu", _set, "the engine makes its own groups: set autotp_size"),
@@ -106,9 +97,8 @@ def unavailable(settings: Settings) -> Iterator[tuple[str, Problem]]:
     """Every setting that asks for something not built yet: its dotted key and the problem."""
     for row in UNBUILT:
         value = settings.at(row.key)
-        served = bool(row.unless) and settings.at(row.unless) is True
         asleep = bool(row.when) and settings.at(row.when) is not True
-        if value is not None and row.asks(value) and not served and not asleep:
+        if value is not None and row.asks(value) and not asleep:
             yield (
                 row.key,
                 Problem(

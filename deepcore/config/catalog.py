@@ -29,7 +29,7 @@ _ADAM: dict[str, Param] = {
     "amsgrad": Param("flag", False, "Keep the largest second moment."),
     "torch_adam": Param("flag", False, "Use torch's own class."),
     "adam_w_mode": Param("flag", None, "Decoupled weight decay; unset: as the type says."),
-    "fp32_optimizer_states": Param("flag", True, "Keep the moments in fp32."),
+    "fp32_optimizer_states": Param("flag", True, "Keep the moments in fp32; false: in bf16."),
 }
 _LAMB: dict[str, Param] = {
     "lr": Param("rate", 1e-3, "Learning rate."),

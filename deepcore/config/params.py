@@ -96,6 +96,11 @@ def _refuse_contradictions(kind: str, params: dict[str, Any], ledger: Ledger) ->
     if params.get("torch_adam") is True and params.get("bias_correction") is False:
         what = "torch's own Adam always corrects the bias, and optimizer.params.bias_correction false denies it"
         ledger.problems.append(Problem(what, do="remove torch_adam, or bias_correction"))
+    if params.get("torch_adam") is True and params.get("fp32_optimizer_states") is False:
+        what = (
+            "torch's own Adam keeps its moments as it likes, and optimizer.params.fp32_optimizer_states false denies it"
+        )
+        ledger.problems.append(Problem(what, do="remove torch_adam, or fp32_optimizer_states"))
 
 
 def _drop_idle(params: dict[str, Any]) -> None:

@@ -104,7 +104,9 @@ def build_parts(
     casts = ForwardCasts(policy.inputs, policy.autocast, world.device.type)
     names: dict[torch.Tensor, str] = {param: name for name, param in model.named_parameters()}
     wanted = collect_groups(names, model_parameters)
-    optimizer, base = make_optimizer(client, settings.optimizer, wanted, names)
+    optimizer, base = make_optimizer(
+        client, settings.optimizer, wanted, names, low_states=settings.bf16.bf16_optimizer_states
+    )
     require_optimizer(optimizer, shards)
     axis = mesh.zero_axis
     chosen = _chosen(names, optimizer)

@@ -94,7 +94,13 @@ class SliceBySlice:
             holder.to(policy.master)
         self._masters = [param for param in holder.parameters() if param.requires_grad]
         names = _names_of(holder)
-        optimizer, base = make_optimizer(None, settings.optimizer, collect_groups(names, None), names)
+        optimizer, base = make_optimizer(
+            None,
+            settings.optimizer,
+            collect_groups(names, None),
+            names,
+            low_states=settings.bf16.bf16_optimizer_states,
+        )
         assert optimizer is not None
         self._optimizer = base or optimizer
         self._scheduler = None

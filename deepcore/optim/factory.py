@@ -33,7 +33,7 @@ _FUSED: dict[str, type[SegmentOptimizer]] = {
     "sgd": FusedSGD,
     "muon": Muon,
 }
-_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction")
+_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad", "fp32_optimizer_states")
 
 
 def collect_groups(names: Mapping[torch.Tensor, str], model_parameters: Iterable[Any] | None) -> ParamGroups:
@@ -92,6 +92,8 @@ def make_optimizer(
     section: Any,
     groups: ParamGroups,
     names: Mapping[torch.Tensor, str],
+    *,
+    low_states: bool = False,
 ) -> tuple[EngineOptimizer | None, Optimizer | None]:
     """The optimizer for the engine, and the base one that a callable lr_scheduler receives.
 
@@ -100,6 +102,7 @@ def make_optimizer(
         section: the config's optimizer section (``type``, ``params``), or None.
         groups: the parameters, for a callable or the config.
         names: of the parameters in the module, for optimizers of the config that go by them.
+        low_states: the config's ``bf16_optimizer_states``: moments in bf16.
     """
     if client is None and section is None:
         return None, None
@@ -111,7 +114,8 @@ def make_optimizer(
             do="unfreeze a part of the model, or initialize() without an optimizer to evaluate only",
         )
     if client is None:
-        base = _from_config(section.type, dict(section.params), groups, names)
+        low = {"fp32_optimizer_states": False} if low_states and section.type.lower() in ("adam", "adamw") else {}
+        base = _from_config(section.type, {**low, **section.params}, groups, names)
     elif isinstance(client, Optimizer):
         base = client
     elif callable(client):
@@ -131,9 +135,21 @@ def make_optimizer(
             expected="a torch.optim.Optimizer",
             do="return the optimizer from the callable",
         )
+    if low_states:
+        _require_low_states(base)
     if isinstance(base, SegmentOptimizer | ClientOptimizer):
         return base, base
     return ClientOptimizer(base), base
+
+
+def _require_low_states(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, SegmentOptimizer) and optimizer.state_dtype != torch.bfloat16:
+        raise ConfigError(
+            "bf16.bf16_optimizer_states is true and the optimizer keeps its state in fp32",
+            got=type(optimizer).__name__,
+            expected="Adam or AdamW, whose moments may be bf16 (an object: FusedAdam(fp32_optimizer_states=False))",
+            do="choose one of them, or remove bf16_optimizer_states",
+        )
 
 
 def _from_config(
@@ -175,13 +191,6 @@ def _adam(decoupled: bool, params: dict[str, Any], groups: ParamGroups) -> Optim
     if params.pop("torch_adam", False):
         params.pop("adam_w_mode", None)
         return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, **params)
-    if params.pop("amsgrad", False):
-        raise ConfigError(
-            "the fused Adam has no AMSGrad variant",
-            got="optimizer.params.amsgrad = true",
-            expected="amsgrad false",
-            do='add "torch_adam": true to optimizer.params to use torch.optim\'s',
-        )
     decoupled = bool(params.pop("adam_w_mode", decoupled))
     _require_accepted("Adam", params, _ADAM_KEYS)
     if "betas" in params:

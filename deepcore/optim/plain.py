@@ -22,7 +22,7 @@ _Member = tuple[torch.Tensor, int]  # parameter, index of its group
 class PlainBatches:
     """Groups parameters that have a gradient by device, dtypes and family; tables are kept while the members stay.
 
-    ``family``, ``state_names`` and ``initial`` are the optimizer's: see ``SegmentOptimizer``.
+    ``family``, ``state_names``, ``initial`` and ``state_dtype`` are the optimizer's: see ``SegmentOptimizer``.
     """
 
     def __init__(
@@ -30,8 +30,9 @@ class PlainBatches:
         family: Callable[[Mapping[str, Any]], str],
         state_names: Callable[[str], Sequence[str]],
         initial: Callable[[str, Mapping[str, Any]], float],
+        state_dtype: torch.dtype,
     ) -> None:
-        self._family, self._state_names, self._initial = family, state_names, initial
+        self._family, self._state_names, self._initial, self._state_dtype = family, state_names, initial, state_dtype
         self._cache: dict[_Kind, tuple[list[_Member], SegmentBatch]] = {}
 
     def batches(
@@ -70,7 +71,7 @@ class PlainBatches:
             if not state[param]:
                 state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 for name in names:
-                    state[param][name] = _like(param, torch.float32).fill_(self._initial(name, param_groups[index]))
+                    state[param][name] = _like(param, self._state_dtype).fill_(self._initial(name, param_groups[index]))
         segments = [Segment("", i, 0, param.numel(), group) for i, (param, group) in enumerate(chosen)]
         batch = SegmentBatch(
             params=[],
@@ -84,9 +85,19 @@ class PlainBatches:
         for index, (param, _) in enumerate(chosen):
             state[param]["step"] = batch.steps[index]
         for name in names:
-            batch.states[name] = [_fp32_state(state[param], name, param) for param, _ in chosen]
+            batch.states[name] = [self._own_state(state[param], name, param) for param, _ in chosen]
         self._cache[kind] = (list(chosen), batch)
         return batch
+
+    def _own_state(self, state: dict[str, Any], name: str, param: torch.Tensor) -> torch.Tensor:
+        """The state tensor in its dtype and in the memory order of the parameter, replaced where it is not."""
+        stride = param.stride() if _dense(param) else param.contiguous().stride()
+        held = state[name]
+        if held.dtype != self._state_dtype or held.stride() != stride or held.device != param.device:
+            fixed = torch.empty_strided(param.shape, stride, dtype=self._state_dtype, device=param.device)
+            state[name] = fixed.copy_(held)
+        tensor: torch.Tensor = state[name]
+        return tensor
 
     def _intact(self, cached: tuple[list[_Member], SegmentBatch], state: dict[torch.Tensor, Any]) -> bool:
         """Whether nobody replaced the state since: another batch may have taken a parameter over meanwhile."""
@@ -131,17 +142,6 @@ def _dense(tensor: torch.Tensor) -> bool:
 
 def _like(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-
-
-def _fp32_state(state: dict[str, Any], name: str, param: torch.Tensor) -> torch.Tensor:
-    """The state tensor in fp32 and in the memory order of the parameter, replaced where it is not."""
-    stride = param.stride() if _dense(param) else param.contiguous().stride()
-    held = state[name]
-    if held.dtype != torch.float32 or held.stride() != stride or held.device != param.device:
-        fixed = torch.empty_strided(param.shape, stride, dtype=torch.float32, device=param.device)
-        state[name] = fixed.copy_(held)
-    tensor: torch.Tensor = state[name]
-    return tensor
 
 
 def _in_order_of(grad: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:

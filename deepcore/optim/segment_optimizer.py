@@ -32,8 +32,8 @@ def alone(vector: torch.Tensor) -> None:
 class SegmentOptimizer(Optimizer, ABC):
     """Base of the fused optimizers.
 
-    Subclasses name their fp32 state in ``STATE`` and give ``hyper_row`` and ``launch``. One with several kinds of
-    update tells them apart as families.
+    Subclasses name their state, of ``state_dtype``, in ``STATE`` and give ``hyper_row`` and ``launch``. One with
+    several kinds of update tells them apart as families.
     """
 
     # As torch has them, without the decorator that imports all of torch._dynamo (a second) at the first call.
@@ -41,6 +41,7 @@ class SegmentOptimizer(Optimizer, ABC):
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
 
     STATE: tuple[str, ...] = ()
+    state_dtype = torch.float32
     overflow = False  # under an engine: whether the last step was skipped
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -74,7 +75,7 @@ class SegmentOptimizer(Optimizer, ABC):
         return ""
 
     def state_names(self, family: str) -> tuple[str, ...]:
-        """The fp32 state tensors of a parameter of a family."""
+        """The state tensors of a parameter of a family."""
         return self.STATE
 
     def initial_state(self, name: str, group: Mapping[str, Any]) -> float:
@@ -110,7 +111,7 @@ class SegmentOptimizer(Optimizer, ABC):
         """
         self._arena, self._full_step, self._agree, self._params = arena, full_step, agree, dict(params)
         for family in sorted({batch.family for batch in arena.batches}):
-            arena.allocate_state(self.state_names(family), family)
+            arena.allocate_state(self.state_names(family), family, self.state_dtype)
         self._places = {}
         for batch in arena.batches:
             for index, segment in enumerate(batch.table.segments):
@@ -266,7 +267,7 @@ class SegmentOptimizer(Optimizer, ABC):
     @torch.no_grad()
     def _step_plain(self) -> None:
         if self._plain is None:
-            self._plain = PlainBatches(self.family, self.state_names, self.initial_state)
+            self._plain = PlainBatches(self.family, self.state_names, self.initial_state, self.state_dtype)
         for batch, write_back in self._plain.batches(self.param_groups, self.state):
             device = batch.steps.device
             if device not in self._constants:
@@ -282,7 +283,7 @@ class SegmentOptimizer(Optimizer, ABC):
         return self._hypers[device].refresh([self.hyper_row(group) for group in self.param_groups])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.load_state_dict``, but state stays fp32 whatever dtype the parameters have."""
+        """As ``torch.optim.Optimizer.load_state_dict``, but state keeps its own dtype, whatever the parameters have."""
         exposed = dict(self.state) if self._arena is not None else {}
         super().load_state_dict(state_dict)
         self.state.update(exposed)
@@ -294,8 +295,10 @@ class SegmentOptimizer(Optimizer, ABC):
 
     def _restore(self, param: torch.Tensor, saved: Mapping[str, Any]) -> None:
         if self._arena is None:
-            fresh = {name: value.to(param.device, torch.float32, copy=True) for name, value in saved.items()}
-            self.state[param] = fresh
+            self.state[param] = {
+                name: value.to(param.device, torch.float32 if name == "step" else self.state_dtype, copy=True)
+                for name, value in saved.items()
+            }
             return
         for batch, index in self._places.get(param, []):
             with self._arena.at_hand(batch, keep=True):

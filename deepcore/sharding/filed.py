@@ -107,14 +107,14 @@ class FiledArena(TiledArena):
             self._ring[key] = aligned_buffer(min(self._homes.tile_numel, -(-largest // 4096) * 4096), dtype)
         return self._ring[key]
 
-    def allocate_state(self, names: Sequence[str], family: str = "") -> None:
+    def allocate_state(self, names: Sequence[str], family: str = "", dtype: torch.dtype = torch.float32) -> None:
         assert family == "", "whole-parameter updates are refused before"
         for number, group in enumerate(self.groups):
             for name in names:
-                self._columns[number][name] = self._store.column(group.layout.shard_numel, torch.float32)
+                self._columns[number][name] = self._store.column(group.layout.shard_numel, dtype)
         for place, (tile, batch) in enumerate(zip(self.tiles, self.batches, strict=True)):
             for name in names:
-                batch.states[name] = [self._buffer(place, name, torch.float32)[: tile.end - tile.begin]]
+                batch.states[name] = [self._buffer(place, name, dtype)[: tile.end - tile.begin]]
 
     def master_run(self, number: int, low: int, high: int) -> torch.Tensor:
         column = self._columns[number].get(MASTER)

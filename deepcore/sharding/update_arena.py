@@ -96,13 +96,13 @@ class UpdateArena:
                 tensors.clear()
             batch.states.clear()
 
-    def allocate_state(self, names: Sequence[str], family: str = "") -> None:
-        """Make one zeroed fp32 tensor per master for each name of optimizer state of a family."""
+    def allocate_state(self, names: Sequence[str], family: str = "", dtype: torch.dtype = torch.float32) -> None:
+        """Make one zeroed tensor per master for each name of optimizer state of a family."""
         for batch in self.batches:
             if batch.family == family:
                 for name in names:
                     batch.states[name] = [
-                        lazy_zeros(param.numel(), torch.float32, param.device).as_strided(param.shape, param.stride())
+                        lazy_zeros(param.numel(), dtype, param.device).as_strided(param.shape, param.stride())
                         for param in batch.params
                     ]
 

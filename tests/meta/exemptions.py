@@ -13,6 +13,7 @@ from .source import Violation
 EXEMPT: dict[tuple[str, str, str], str] = {
     ("function-parameters", "deepcore/ops/reference/*.py", "*"): "an op's arguments are its schema's",
     ("function-parameters", "deepcore/optim/schedules/one_cycle.py", "OneCycle.__init__"): "DeepSpeed fixes the names",
+    ("function-parameters", "deepcore/optim/adam.py", "FusedAdam.__init__"): "torch and DeepSpeed fix the names",
     ("function-parameters", "deepcore/optim/muon.py", "Muon.__init__"): "DeepSpeed and torch.optim.Muon fix the names",
     ("function-parameters", "deepcore/zero/init.py", "*"): "DeepSpeed fixes the signature, and each is refused by name",
     ("function-parameters", "deepcore/parallel/pipeline/module.py", "*"): "DeepSpeed fixes the names and their order",

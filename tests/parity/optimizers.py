@@ -43,6 +43,8 @@ class Recipe:
 
 RECIPES = {
     "adamw": Recipe(FusedAdam, {"lr": 1e-2, "weight_decay": 0.1}, "AdamW"),
+    "amsgrad": Recipe(FusedAdam, {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}, "AdamW"),
+    "adam-bf16": Recipe(FusedAdam, {"lr": 1e-2, "betas": (0.9, 0.99), "fp32_optimizer_states": False}, "AdamW"),
     "lamb": Recipe(FusedLamb, {"lr": 1e-2, "weight_decay": 0.1}, "Lamb"),
     "muon": Recipe(Muon, {"muon_lr": 1e-2, "adam_lr": 1e-3, "weight_decay": 0.1}, "Muon"),
     "muon-gram": Recipe(Muon, {"lr": 1e-2, "ns_method": "gram", "ns_dtype": "fp32"}, "Muon"),

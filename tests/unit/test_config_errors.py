@@ -174,6 +174,10 @@ def test_values_of_the_wrong_type_or_range(raw: dict[str, Any], key: str, got: s
         ),
         ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, ["decoupled", "denies it"]),
         (
+            {"optimizer": {"type": "Adam", "params": {"torch_adam": True, "fp32_optimizer_states": False}}},
+            ["optimizer.params.fp32_optimizer_states"],
+        ),
+        (
             {"optimizer": {"type": "Adam", "params": {"torch_adam": True, "bias_correction": False}}},
             ["always corrects the bias"],
         ),
@@ -251,9 +255,6 @@ def test_every_unplanned_setting_is_refused_with_its_reason_when_it_is_used(path
 
 
 REQUESTS: dict[str, dict[str, Any]] = {
-    "bf16.bf16_optimizer_states": {
-        "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    },
     "amp.opt_level": {"amp": {"enabled": True, "opt_level": "O3"}},
     "amp.cast_model_type": {"amp": {"enabled": True, "cast_model_type": "float16"}},
     "amp.patch_torch_functions": {"amp": {"enabled": True, "patch_torch_functions": False}},
@@ -269,10 +270,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "gradient_predivide_factor": {"gradient_predivide_factor": 2.0},
     "data_types.buffer_dtype": {"data_types": {"buffer_dtype": "bf16"}},
     "optimizer.type": {"optimizer": {"type": "lion"}},
-    "optimizer.params.amsgrad": {"optimizer": {"type": "Adam", "params": {"amsgrad": True}}},
-    "optimizer.params.fp32_optimizer_states": {
-        "optimizer": {"type": "Adam", "params": {"fp32_optimizer_states": False}}
-    },
     "tensor_parallel.tp.tp_grain_size": {"tensor_parallel": {"tp": {"tp_grain_size": 2}}},
     "hybrid_engine.enable_cuda_graph": {"hybrid_engine": {"enabled": True, "enable_cuda_graph": True}},
     "log_level": {"log_level": "debug"},
@@ -311,7 +308,7 @@ def test_a_key_that_is_no_string(raw: dict[Any, Any]) -> None:
     assert "3 of type int" in found
 
 
-def test_amsgrad_is_served_by_torch() -> None:
+def test_amsgrad_goes_to_torchs_class_where_that_is_asked_for() -> None:
     raw = {**BATCH, "optimizer": {"type": "Adam", "params": {"amsgrad": True, "torch_adam": True}}}
     section = parse(raw, world_size=1).optimizer
     assert section is not None

@@ -12,7 +12,7 @@ import torch
 from deepcore.errors import ConfigError, UsageError
 from deepcore.ops import selftest
 from deepcore.ops.reference.segments import CHUNK_NUMEL
-from deepcore.optim import FusedAdagrad, FusedLamb, FusedLion, FusedSGD
+from deepcore.optim import FusedAdagrad, FusedAdam, FusedLamb, FusedLion, FusedSGD
 
 SHAPES = [(), (3,), (0, 2), (17, 5), (CHUNK_NUMEL + 3,)]
 Params = list[torch.nn.Parameter]
@@ -56,6 +56,7 @@ ADAGRAD = [
     [
         *((FusedSGD, torch.optim.SGD, settings) for settings in SGD),
         *((FusedAdagrad, torch.optim.Adagrad, settings) for settings in ADAGRAD),
+        (FusedAdam, torch.optim.AdamW, {"lr": 0.1, "betas": (0.8, 0.9), "amsgrad": True, "weight_decay": 0.1}),
     ],
     ids=str,
 )
@@ -163,6 +164,38 @@ def test_bf16_parameters_have_fp32_state_and_one_rounding(kind: Callable[..., An
     for a, b in zip(low, exact, strict=True):
         assert torch.equal(a, b.bfloat16())
         assert all(value.dtype == torch.float32 for value in ours.state[a].values())
+
+
+def test_adam_keeps_moments_in_bf16_where_asked() -> None:
+    ours, theirs = twins()
+    low = FusedAdam(ours, lr=0.1, amsgrad=True, fp32_optimizer_states=False)
+    exact = FusedAdam(theirs, lr=0.1, amsgrad=True)
+    give_gradients(0, ours, theirs)
+    low.step()
+    exact.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)  # the first step starts from zero
+        for name, value in low.state[a].items():
+            assert torch.equal(value, exact.state[b][name].to(value.dtype))
+            assert value.dtype == (torch.float32 if name == "step" else torch.bfloat16)
+    resumed = FusedAdam([torch.nn.Parameter(param.detach().clone()) for param in ours], fp32_optimizer_states=False)
+    resumed.load_state_dict(copy.deepcopy(low.state_dict()))
+    fresh = resumed.param_groups[0]["params"]
+    for step in (2, 3):
+        give_gradients(step, ours, fresh)
+        low.step()
+        resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, fresh, strict=True))
+
+
+def test_amsgrad_cannot_be_switched_on_later() -> None:
+    ours, theirs = twins()
+    optimizer = FusedAdam(ours)
+    give_gradients(0, ours, theirs)
+    optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ConfigError, match="amsgrad was switched on after"):
+        optimizer.step()
 
 
 OPS = ("lion_", "adagrad_", "sgd_", "lamb_moments_", "lamb_apply_")

@@ -10,7 +10,7 @@ import torch
 
 import deepcore
 import deepcore.ops.schemas
-from deepcore.errors import UsageError
+from deepcore.errors import ConfigError, UsageError
 from deepcore.precision.policy import PrecisionPolicy
 from deepcore.precision.scaler import LossScaler, ScalerSettings
 
@@ -231,6 +231,30 @@ def test_bf16_without_masters_updates_bf16_weights() -> None:
     assert model[0].weight.grad.dtype == torch.bfloat16
     engine.step()
     assert engine.was_step_applied()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_bf16_moments_take_half_the_memory(stage: int) -> None:
+    masters = {"enabled": True, "bf16_master_weights_and_grads": True}
+    adam, zero = {"type": "AdamW", "params": {"lr": 1e-2, "amsgrad": True}}, {"stage": stage}
+    wide, low = (
+        start(mlp(), bf16={**masters, "bf16_optimizer_states": half}, optimizer=adam, zero_optimization=zero)
+        for half in (False, True)
+    )
+    for engine in (wide, low):
+        engine.backward(engine(INPUTS.bfloat16()).float().square().mean())
+        engine.step()
+        assert engine.was_step_applied()
+    sizes = [sum(state.nbytes for state in engine.optimizer.state_tensors()) for engine in (wide, low)]
+    assert sizes[1] * 2 == sizes[0]
+    for engine in (wide, low):
+        engine.destroy()
+
+
+def test_bf16_moments_of_another_optimizer_are_refused() -> None:
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    with pytest.raises(ConfigError, match="FusedSGD"):
+        start(mlp(), bf16=bf16)
 
 
 def test_bf16_without_the_overflow_check_takes_the_step() -> None:
