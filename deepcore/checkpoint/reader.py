@@ -15,9 +15,10 @@ import torch
 from deepcore.checkpoint import folder as folders
 from deepcore.checkpoint.cut_tensors import fill, part_name, same_cut, whole_cut
 from deepcore.checkpoint.fragments import Form, Fragment, in_shape, reordered
-from deepcore.checkpoint.io import Span, open_plainly, read_spans, verify_file
+from deepcore.checkpoint.io import Progress, Span, open_plainly, read_spans, verify_file
 from deepcore.checkpoint.manifest import FILE_NAME, MAX_NBYTES, Manifest, TensorRecord
 from deepcore.checkpoint.plan import cover
+from deepcore.checkpoint.progress import quiet
 from deepcore.errors import CheckpointError
 
 
@@ -94,8 +95,11 @@ class Reader:
             if record.form.shape != (target.form.shape if target.cut is None else target.cut.shape):
                 raise _other_shape(target, record.form)
 
-    def read(self, targets: Iterable[Fragment]) -> None:
+    def read(self, targets: Iterable[Fragment], progress: Callable[[int], Progress] = quiet) -> None:
         """Overwrite ``values`` of each target with what the checkpoint has, in the target's own dtype.
+
+        Args:
+            progress: from the bytes that are wanted to what is told how many are done.
 
         Raises:
             CheckpointError: a tensor is missing, has another shape, or lies in a damaged file.
@@ -117,8 +121,9 @@ class Reader:
                 self._plan(Fragment(target.name, record.form, 0, flat), record, spans)
             else:
                 self._plan(target, record, spans)
+        advance = progress(sum(span.end - span.begin for wanted in spans.values() for span in wanted))
         for number, wanted in sorted(spans.items()):
-            read_spans(self.path, self.manifest.files[number], wanted, verify=self._verify)
+            read_spans(self.path, self.manifest.files[number], wanted, verify=self._verify, advance=advance)
         for target, flat, form in later:
             ordered = reordered(flat, form, target.form.order)
             target.values.copy_(ordered[target.offset : target.offset + target.values.numel()])

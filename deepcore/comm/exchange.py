@@ -14,20 +14,33 @@ import torch
 from deepcore.comm.mesh import Axis
 from deepcore.errors import CommError, DeepcoreError
 
+_FIRST = 1024  # bytes of the first collective, in which a short record travels whole
+_LENGTH = 8  # of them say how long it is
+
 
 def gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
-    """Every rank's bytes, in the order of the axis. Collective."""
+    """Every rank's bytes, in the order of the axis. Collective: one exchange of short ones, two of long ones."""
     if axis.size == 1:
         return [data]
-    sizes = torch.empty(axis.size, dtype=torch.int64, device=axis.device)
-    axis.all_gather_into(sizes, torch.tensor([len(data)], device=axis.device)).wait()
-    counts = sizes.tolist()
-    longest = max(*counts, 1)
-    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8).to(axis.device)
-    parts = torch.empty(axis.size * longest, dtype=torch.uint8, device=axis.device)
+    room = _FIRST - _LENGTH
+    heads = _gather_equal(len(data).to_bytes(_LENGTH, "little") + data[:room], _FIRST, axis)
+    counts = [int.from_bytes(head[:_LENGTH], "little") for head in heads]
+    found = [head[_LENGTH:] for head in heads]
+    rest = max(counts) - room
+    if rest > 0:
+        tails = _gather_equal(data[room:], rest, axis)
+        found = [head + tail for head, tail in zip(found, tails, strict=True)]
+    return [whole[:count] for whole, count in zip(found, counts, strict=True)]
+
+
+def _gather_equal(data: bytes, nbytes: int, axis: Axis) -> list[bytes]:
+    """Every rank's bytes, filled up to ``nbytes``."""
+    padded = torch.frombuffer(bytearray(data.ljust(nbytes, b"\0")), dtype=torch.uint8).to(axis.device)
+    parts = torch.empty(axis.size * nbytes, dtype=torch.uint8, device=axis.device)
     axis.all_gather_into(parts, padded).wait()
-    whole = bytes(parts.cpu().untyped_storage())  # type: ignore[call-overload]
-    return [whole[rank * longest : rank * longest + count] for rank, count in enumerate(counts)]
+    whole = bytearray(len(parts))
+    torch.frombuffer(whole, dtype=torch.uint8).copy_(parts)
+    return [bytes(whole[rank * nbytes : (rank + 1) * nbytes]) for rank in range(axis.size)]
 
 
 Result = TypeVar("Result")

@@ -19,6 +19,7 @@ from deepcore.checkpoint.background import settle_all
 from deepcore.checkpoint.encoding import Decoder
 from deepcore.checkpoint.fragments import Fragment, in_shape
 from deepcore.checkpoint.names import BUFFERS, WEIGHTS, state_dict
+from deepcore.checkpoint.progress import lines_of
 from deepcore.checkpoint.reader import Reader
 from deepcore.comm.exchange import gather_records, together
 from deepcore.engine import random_state
@@ -211,7 +212,9 @@ class _Restorer:
         if len(self._state["ranks"]) == engine.world_size and self._state.get("stages", 1) == engine.mesh.pp.size:
             wanted["random"] = self._state["ranks"][engine.global_rank]["random"]
         self._plain = decoder.decode(wanted)
-        self._reader.read([*self._targets, *(_target(self._reader, n, flat) for n, flat in self._decoded.items())])
+        plain = (_target(self._reader, name, flat) for name, flat in self._decoded.items())
+        lines = lines_of(f"loading {self._reader.path}", speaks=engine.global_rank == 0)
+        self._reader.read([*self._targets, *plain], lines)
 
     def finish(self) -> dict[str, Any]:
         """Let everything follow what was read; returns the client's state. Collective."""

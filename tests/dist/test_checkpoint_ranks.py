@@ -15,7 +15,9 @@ from deepcore.checkpoint import folder as folders
 from deepcore.checkpoint import io
 from deepcore.checkpoint.background import BackgroundSaver
 from deepcore.checkpoint.checkpointer import SaveOptions
+from deepcore.comm.exchange import gather_bytes
 from deepcore.comm.letters import Letters
+from deepcore.comm.mesh import Mesh
 from deepcore.comm.setup import DEFAULT_TIMEOUT
 from deepcore.errors import CheckpointError, UsageError
 from tests.dist.pool import RankDiedError, run_ranks
@@ -51,6 +53,25 @@ class Full:
 
 def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path, hostile: bool) -> None:
     assert set(run_ranks(2, fail_on_rank_1, tmp_path, hostile=hostile)) == {"latest,one,two"}
+
+
+def exchange() -> list[list[int]]:
+    """Records of unlike lengths, around the size that one collective carries."""
+    from deepcore import comm
+
+    mesh = Mesh.build(comm.init_distributed())
+    told = []
+    for lengths in [(0, 0, 1), (1016, 1016, 1016), (3, 1017, 0), (5000, 1016, 1017)]:
+        mine = bytes([65 + mesh.world.rank]) * lengths[mesh.world.rank]
+        found = gather_bytes(mine, mesh.world)
+        assert found == [bytes([65 + rank]) * lengths[rank] for rank in range(3)]
+        told.append([len(part) for part in found])
+    mesh.destroy()
+    return told
+
+
+def test_records_of_any_length_arrive(hostile: bool) -> None:
+    assert run_ranks(3, exchange, hostile=hostile)[2][3] == [5000, 1016, 1017]
 
 
 def save_after_another_past(folder: Path) -> None:

@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from deepcore.base import log
 from deepcore.checkpoint import checkpointer, folder
 from deepcore.checkpoint.checkpointer import Content, SaveOptions
 from deepcore.checkpoint.fragments import Form, Fragment, whole
 from deepcore.checkpoint.plan import Holding, cover, share_out
+from deepcore.checkpoint.progress import ProgressLine
 from deepcore.checkpoint.reader import Reader
 from deepcore.checkpoint.retention import Retention
 from deepcore.comm.mesh import Mesh
@@ -131,6 +133,41 @@ def test_a_file_system_that_refuses_leaves_what_was_there(
         assert sorted(tmp_path.rglob("*")) == before
     assert folder.read_latest(tmp_path) == "one"
     assert value_of(tmp_path / "one") == 1.0
+
+
+def test_what_takes_long_says_how_far_it_is(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log.logger(), "propagate", True)
+    now = [0.0]
+    line = ProgressLine("saving x", 10_000_000_000, lambda: now[0])
+    for second in range(1, 16):
+        now[0] = float(second)
+        line(500_000_000)
+    first, second = [record.message for record in caplog.records]
+    assert first == "saving x: 10% of this rank's 10.00 GB, 0.50 GB/s, about 18 s left"
+    assert second.startswith("saving x: 60%")
+    caplog.clear()
+    brief = ProgressLine("saving x", 100, lambda: now[0])
+    now[0] += 60
+    brief(100)
+    assert not caplog.records, "it is over"
+
+
+def test_progress_counts_every_byte(tmp_path: Path) -> None:
+    told: dict[str, list[int]] = {"save": [], "load": []}
+
+    def progress(kind: str) -> Callable[[int], Callable[[int], None]]:
+        def begin(total: int) -> Callable[[int], None]:
+            told[kind].append(-total)
+            return told[kind].append
+
+        return begin
+
+    checkpointer.save(tmp_path, "t", content(1.0), solo(), SaveOptions(fsync=False), progress("save"))
+    size = (tmp_path / "t" / "rank00000.safetensors").stat().st_size
+    assert (told["save"][0], sum(told["save"][1:])) == (-size, size)
+    target = torch.zeros(700)
+    Reader(tmp_path / "t").read([Fragment("a", Form(torch.float32, (1000,), (0,)), 100, target)], progress("load"))
+    assert (told["load"][0], sum(told["load"][1:])) == (-2800, 2800)
 
 
 # --- killed at any moment ---------------------------------------------------------------------------------------------
