@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks import contest, models
 from benchmarks.harness import Options, Result
 from benchmarks.ranks import run_ranks
-from benchmarks.trainers import Job, names_wanted
+from benchmarks.trainers import Job, absent, names_wanted
 
 SIDE, PER_BLOCK, ROWS = 32, 10, 4
 NUM_TENSORS = (50, 200, 1000)
@@ -56,7 +56,7 @@ def bench(options: Options) -> Iterator[Result]:
         arguments = {"names": names_wanted(options), "case": case, "rounds": options.rounds}
         samples = run_ranks(ranks, "benchmarks.bench_overhead:compete", arguments, timeout=500)[0]
         params = {"dtype": "fp32", "ranks": ranks, "rows per rank": ROWS, "threads": 1, "device": "cpu"}
-        yield Result("overhead", case, samples, params)
+        yield Result("overhead", case, samples, params, notes=absent(options))
 
 
 def compete(names: list[str], case: str, rounds: int) -> dict[str, list[float]]:

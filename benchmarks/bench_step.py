@@ -12,7 +12,7 @@ import torch
 from benchmarks import contest, models
 from benchmarks.harness import Options, Result
 from benchmarks.ranks import run_ranks
-from benchmarks.trainers import DTYPES, Job, names_wanted
+from benchmarks.trainers import DTYPES, Job, absent, names_wanted
 
 ROWS = 4
 NUM_RANKS = {"cpu": 2, "cuda": 1}
@@ -27,6 +27,7 @@ def bench(options: Options) -> Iterator[Result]:
         samples = run_ranks(ranks, "benchmarks.bench_step:compete", arguments, timeout=500)[0]
         params = {"dtype": dtype, "ranks": ranks, "rows per rank": ROWS, "threads": 1, "device": device}
         result = Result("step", "tiny" if options.quick else "11M GPT", samples, params)
+        result.notes += absent(options)
         if dtype == "bf16":
             result.notes.append("deepcore holds fp32 master weights; ddp and none train bf16 weights alone")
         yield result

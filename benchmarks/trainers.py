@@ -45,9 +45,13 @@ Training = tuple[Callable[[], object], Callable[[], object]]  # one step; the en
 def names_wanted(options: Options, stages: Sequence[int] = STAGES) -> list[str]:
     """Ours at ``stages`` and every peer that is asked for and installed."""
     names = [name for name in (*(f"{OURS}/{stage}" for stage in stages), *PEERS) if options.wants(name)]
-    if find_spec("deepspeed") is None:
-        names = [name for name in names if not name.startswith("deepspeed")]
-    return names
+    return [name for name in names if not name.startswith("deepspeed") or find_spec("deepspeed")]
+
+
+def absent(options: Options) -> list[str]:
+    """A note for every peer that is asked for and not installed."""
+    asked = any(options.wants(name) for name in PEERS if name.startswith("deepspeed"))
+    return ["deepspeed is not installed: left out"] if asked and find_spec("deepspeed") is None else []
 
 
 def _config(stage: int, job: Job) -> dict[str, Any]:

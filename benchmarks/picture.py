@@ -1,0 +1,107 @@
+"""Owns the picture of recorded results, as SVG: how near each op comes to the machine's limit, peers side by side.
+
+Knows nothing of how they were measured. Cases that have no limit show how many times as long as ours each peer takes,
+and where we take part in several forms, how many times as long as the fastest contender each takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from benchmarks.harness import LIMIT, OURS
+from benchmarks.recorded import Line, is_ours, label
+
+LEFT, WIDTH, RIGHT = 330, 520, 210  # pixels: names, bars, values
+BAR, GAP, HEAD = 13, 16, 46
+OUR_COLOURS = ("#1a5fb4", "#62a0ea", "#99c1f1")
+PEER_COLOURS = ("#9a9996", "#c0bfbc", "#77767b", "#deddda")
+MOST = 8.0  # of ratios: a peer many times slower would squeeze all others
+INK, FAINT = "#241f31", "#d0cfcc"
+
+Bar = tuple[str, float, str]  # contender, length in its panel's unit, the text behind it
+Group = tuple[str, list[Bar]]  # a case
+
+
+def draw(lines: Sequence[Line], title: str) -> str:
+    """The picture: fractions of the limit, then speed-ups of the cases without a limit."""
+    body: list[str] = []
+    y = HEAD
+    for heading, scale, groups, mark in _panels(lines):
+        body.append(_text(LEFT, y, heading, "start", bold=True))
+        y += 12
+        top = y
+        for case, bars in groups:
+            body += _group(case, bars, y, scale)
+            y += len(bars) * BAR + GAP
+        at = LEFT + mark / scale * WIDTH
+        body.append(
+            f'<line x1="{at:.1f}" y1="{top}" x2="{at:.1f}" y2="{y - GAP + 4}" stroke="{INK}" stroke-dasharray="4 3"/>'
+        )
+        y += 2 * BAR
+    size = f'width="{LEFT + WIDTH + RIGHT}" height="{y}" viewBox="0 0 {LEFT + WIDTH + RIGHT} {y}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11" fill="{INK}">'
+    paper = '<rect width="100%" height="100%" fill="#ffffff"/>'
+    return "\n".join([head, paper, _text(12, 20, title, "start", bold=True, size=14), *body, "</svg>"]) + "\n"
+
+
+def _panels(lines: Sequence[Line]) -> Iterator[tuple[str, float, list[Group], float]]:
+    """Heading, value at the right end, cases, and the value where the dashed line stands."""
+    limited = [line for line in lines if any(row["fraction_of_limit"] for row in line["contenders"].values())]
+    if limited:
+        groups = [(label(line), list(_fractions(line))) for line in limited]
+        yield "fraction of the machine's bandwidth in the same rounds (1 = as fast as memory allows)", 1.25, groups, 1.0
+    rest = [line for line in lines if line not in limited and line["speedup"]]
+    if rest:
+        groups = [(label(line), list(_speedups(line))) for line in rest]
+        yield "time over deepcore's (right of the line: deepcore is faster)", _end(groups), groups, 1.0
+    others = [line for line in lines if line not in limited and line not in rest and len(line["contenders"]) > 1]
+    if others:
+        groups = [(label(line), list(_places(line))) for line in others]
+        yield "over the best contender's (1 is best)", _end(groups), groups, 1.0
+
+
+def _end(groups: Sequence[Group]) -> float:
+    return max(2.0, max(value for _, bars in groups for _, value, _ in bars) * 1.05)
+
+
+def _fractions(line: Line) -> Iterator[Bar]:
+    for name, row in line["contenders"].items():
+        if name != LIMIT and row["fraction_of_limit"] is not None:
+            value = float(row["fraction_of_limit"])
+            yield name, value, f"{value:.2f}  {name}"
+
+
+def _places(line: Line) -> Iterator[Bar]:
+    medians = {name: float(row["median_ms"]) for name, row in line["contenders"].items()}
+    best = min(medians.values())
+    for name, median in medians.items():
+        yield name, min(median / best, MOST), f"{median / best:.2f}  {name}, {median:.3g} {line.get('unit', 'ms')}"
+
+
+def _speedups(line: Line) -> Iterator[Bar]:
+    took = line["contenders"][OURS]["median_ms"]
+    yield OURS, 1.0, f"1  {OURS}, {took:.3g} {line.get('unit', 'ms')}"
+    for name, ratio in line["speedup"].items():
+        yield name, min(float(ratio), MOST), f"{ratio:.2f}  {name}"
+
+
+def _group(case: str, bars: Sequence[Bar], y: float, scale: float) -> Iterator[str]:
+    yield _text(LEFT - 10, y + len(bars) * BAR / 2 + 4, case, "end")
+    yield f'<line x1="{LEFT}" y1="{y - 2}" x2="{LEFT}" y2="{y + len(bars) * BAR + 2}" stroke="{FAINT}"/>'
+    ours = peers = 0
+    for index, (name, value, text) in enumerate(bars):
+        if is_ours(name):
+            colour, ours = OUR_COLOURS[ours % len(OUR_COLOURS)], ours + 1
+        else:
+            colour, peers = PEER_COLOURS[peers % len(PEER_COLOURS)], peers + 1
+        length = min(value / scale, 1.0) * WIDTH if math.isfinite(value) else WIDTH
+        top = y + index * BAR
+        yield f'<rect x="{LEFT}" y="{top}" width="{length:.1f}" height="{BAR - 2}" fill="{colour}"/>'
+        yield _text(LEFT + length + 6, top + BAR - 4, text, "start")
+
+
+def _text(x: float, y: float, words: str, anchor: str, *, bold: bool = False, size: int = 0) -> str:
+    style = (' font-weight="bold"' if bold else "") + (f' font-size="{size}"' if size else "")
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{escape(words)}</text>'
