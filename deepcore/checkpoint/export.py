@@ -16,7 +16,7 @@ import torch
 from deepcore.checkpoint.fragments import Form
 from deepcore.checkpoint.image import Entry, lay_out
 from deepcore.checkpoint.io import write_file
-from deepcore.checkpoint.names import frozen_names, model_names, tied_names
+from deepcore.checkpoint.names import frozen_names, model_config, model_names, tied_names
 from deepcore.checkpoint.reader import Reader
 from deepcore.errors import UsageError
 
@@ -57,13 +57,15 @@ def write_model(path: Path, state: Mapping[str, torch.Tensor], tied: Mapping[str
             os.unlink(fresh)
 
 
-INDEX = "model.safetensors.index.json"
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 
 
 def export(
     reader: Reader, out: Path, *, dtype: torch.dtype | None, max_nbytes: int, exclude_frozen: bool = False
 ) -> list[Path]:
     """Write a checkpoint's model as Hugging Face's libraries read it: safetensors files, with an index if several.
+
+    Where the model had a ``config``, it is written too, and ``from_pretrained`` loads the folder.
 
     Args:
         out: a folder, made if it is not there.
@@ -76,22 +78,41 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     frozen = frozen_names(reader) if exclude_frozen else set()
     names = {short: name for short, name in model_names(reader).items() if short not in frozen}
+    tied = {alias: name for alias, name in tied_names(reader).items() if name in names}
+    config = model_config(reader)
+    if config is not None and config.get("tie_word_embeddings") is not True:  # nobody would tie them again
+        names.update({alias: names[name] for alias, name in tied.items()})
+        tied = {}
     sizes = {short: _nbytes(reader.record(name).form, dtype) for short, name in names.items()}
     parts = _divided(sizes, max_nbytes)
-    tied = {alias: name for alias, name in tied_names(reader).items() if name in names}
     files, weight_map = [], dict[str, str]()
     for number, part in enumerate(parts, 1):
         file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        values = reader.several(names[short] for short in part)
+        values = reader.several({names[short] for short in part})
         state = {short: _as(values[names[short]], dtype) for short in part}
         write_model(out / file, state, {alias: name for alias, name in tied.items() if name in state})
         weight_map.update(dict.fromkeys(part, file))
         files.append(out / file)
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        files.append(out / INDEX)
+        files.append(_write_json(out / INDEX, index))
+    if config is not None:
+        files.append(_write_json(out / CONFIG, _with_dtype(config, reader, dtype)))
     return files
+
+
+def _write_json(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def _with_dtype(config: Mapping[str, object], reader: Reader, dtype: torch.dtype | None) -> dict[str, object]:
+    """The config, saying what the files hold: weights in the precision of their masters, unless ``dtype`` is given."""
+    kept = [reader.record(name).form for name in model_names(reader).values()]
+    floats = [form for form in kept if form.dtype.is_floating_point]
+    held = dtype or (max(floats, key=lambda form: form.numel).dtype if floats else torch.float32)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, key: str(held).removeprefix("torch.")}
 
 
 def _divided(sizes: Mapping[str, int], max_nbytes: int) -> list[list[str]]:

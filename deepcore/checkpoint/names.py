@@ -6,10 +6,13 @@ Knows nothing of engines.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
+from deepcore.checkpoint.encoding import Decoder
 from deepcore.checkpoint.reader import Reader
+from deepcore.errors import CheckpointError
 
 WEIGHTS, BUFFERS, STATE = "weights/", "buffers/", "optimizer/"
 
@@ -35,6 +38,20 @@ def frozen_names(reader: Reader) -> set[str]:
     module = reader.manifest.state.get("module", {})
     frozen: Iterable[str] = module.get("frozen", ()) if isinstance(module, dict) else ()
     return set(frozen)
+
+
+def model_config(reader: Reader) -> dict[str, Any] | None:
+    """The model's own description, where it had one: what transformers writes into ``config.json``."""
+    module = reader.manifest.state.get("module", {})
+    encoded = module.get("config") if isinstance(module, dict) else None
+    if encoded is None:
+        return None
+
+    def fetch(name: str) -> torch.Tensor:
+        raise CheckpointError(f"the model config of {reader.path} holds a tensor", got=name, expected="plain values")
+
+    found = Decoder(fetch, allow_pickle=False).decode(encoded)
+    return found if isinstance(found, dict) else None
 
 
 def state_dict(reader: Reader) -> dict[str, torch.Tensor]:

@@ -35,6 +35,7 @@ from deepcore.engine.contents import (
     extra_states,
     weight_fragments,
 )
+from deepcore.engine.model_config import described
 from deepcore.engine.stages import of_all_stages
 from deepcore.errors import CheckpointError, UsageError
 from deepcore.zero import gather, holdings
@@ -149,6 +150,7 @@ def _state_of(engine: Persistent, client_state: Mapping[str, Any] | None, exclud
         "module": {
             "aliases": aliases(engine.module),
             "without_frozen": exclude_frozen,
+            "config": described(engine.module),
             "frozen": [name for name, param in engine.module.named_parameters() if not param.requires_grad],
         },
         "client": dict(client_state or {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,59 @@ def test_dcp_folders_bring_weights_and_moments(tmp_path: Path) -> None:
             ours = engine.optimizer.local_state(param)[1]
             assert ours["step"] == 1
             assert torch.equal(ours["exp_avg"].view(-1), optimizer.state[params[name]]["exp_avg"].reshape(-1))
+
+
+def small(kind: str) -> Any:
+    import transformers
+
+    torch.manual_seed(4)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        return transformers.GPT2LMHeadModel(config)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tied = kind == "llama tied"
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, tie_word_embeddings=tied, **sizes))
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not there")
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama tied", "llama tied by hand"])
+def test_transformers_loads_what_is_exported(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    model = small(kind)
+    if kind == "llama tied by hand":
+        model.lm_head.weight = model.model.embed_tokens.weight
+    engine = start(model, zero_optimization={"stage": 3})
+    ids = torch.arange(12).view(2, 6)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.save_checkpoint(tmp_path / "run")
+    engine.eval()
+    with torch.no_grad():
+        expected = engine(input_ids=ids).logits.clone()
+    whole = engine.module_state_dict()
+    engine.destroy()
+    for dtype in ("keep", "bf16"):
+        out = tmp_path / dtype
+        shards = ["--max-shard-size", "5KB"] if dtype == "keep" else []
+        assert cli.main(["checkpoint", "export", str(tmp_path / "run"), str(out), "--dtype", dtype, *shards]) == 0
+        loaded, told = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert type(loaded) is type(model)
+        assert loaded.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+        found = loaded.state_dict()
+        assert all(torch.equal(found[name], value.to(found[name].dtype)) for name, value in whole.items())
+        if dtype == "keep":
+            assert torch.equal(loaded(input_ids=ids).logits, expected)
+
+
+def test_a_config_that_json_cannot_hold_is_left_out(tmp_path: Path) -> None:
+    class Odd(torch.nn.Linear):
+        class config:  # noqa: N801
+            @staticmethod
+            def to_dict() -> dict[str, Any]:
+                return {"what": object()}
+
+    start(Odd(2, 2)).save_checkpoint(tmp_path / "run")
+    assert cli.main(["checkpoint", "export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
