@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 CHOICES: dict[str, str] = {
     "gradient_clipping": "no clipping unless asked for; DeepSpeed clips at 1.0",
-    "zero_optimization.reduce_bucket_size": "the engine's own, about 25 MB; DeepSpeed's 5e8 elements leave no overlap",
-    "zero_optimization.allgather_bucket_size": "the engine's own, about 25 MB; DeepSpeed's is 5e8 elements",
+    "zero_optimization.reduce_bucket_size": "the engine's own, 4 to 25 MB; DeepSpeed's 5e8 elements leave no overlap",
+    "zero_optimization.allgather_bucket_size": "the engine's own, 4 to 25 MB; DeepSpeed's is 5e8 elements",
     "zero_optimization.leaf_module.classes": "no preset; DeepSpeed lists three expert blocks",
     "communication_data_type": "the dtype gradients are accumulated in (fp32); DeepSpeed: the model's dtype",
     "data_types.grad_accum_dtype": "fp32; DeepSpeed: the model's dtype",

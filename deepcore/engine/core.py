@@ -115,7 +115,7 @@ class TrainCore:
         if num_tokens is None:
             seed, rest = split_divisor(accumulation, self.settings.num_replicas, loss.dtype)
         with self.backward_pass(rest, hold=self._hold):
-            torch.autograd.backward(loss, self.scaler.seed(loss, seed), retain_graph=retain_graph)
+            torch.autograd.backward(self.scaler.scaled(loss, seed), retain_graph=retain_graph)
 
     @contextmanager
     def backward_pass(self, divisor: float, *, hold: bool) -> Iterator[None]:

@@ -225,7 +225,7 @@ class PipelineEngine(Persistent):
         loss = require_loss(loss_fn(output, labels))
         self._losses.append(loss.detach())
         self._printer.note_loss(loss)
-        return loss * core.scaler.seed(loss, self._seed)
+        return core.scaler.scaled(loss, self._seed)
 
     def _around_backward(self) -> AbstractContextManager[None]:
         """Sums over micro-batches are reduced once, after the schedule; only shards of them are kept at stage 2."""

@@ -48,11 +48,14 @@ class LossScaler:
             self.state = torch.tensor(first, dtype=torch.float32, device=device)
             self.inverse = self.state[:1].reciprocal()
 
-    def seed(self, loss: torch.Tensor, factor: float) -> torch.Tensor:
-        """What backward starts from: ``factor`` times the scale, in the shape and dtype of ``loss``."""
+    def scaled(self, loss: torch.Tensor, factor: float) -> torch.Tensor:
+        """What to call backward on, so that it starts from ``factor`` times the scale in the dtype of ``loss``.
+
+        A product, and not an explicit gradient, for which torch would import sympy: 35 MB and half a second.
+        """
         if self.state is None:
-            return torch.full_like(loss, factor)
-        return (self.state[0] * factor).to(loss.dtype).expand(loss.shape)
+            return loss if factor == 1 else loss * factor
+        return loss * (self.state[0] * factor).to(loss.dtype)
 
     def update(self, skip: torch.Tensor) -> None:
         """A step was taken, or skipped if ``skip`` (fp32, 1) is not 0."""

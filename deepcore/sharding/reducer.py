@@ -25,21 +25,30 @@ class _Pending:
 
 
 class BufferPool:
-    """Flat buffers that are used again: fresh memory costs a page fault per 4 KiB."""
+    """Flat buffers that are used again: fresh memory costs a page fault per 4 KiB.
+
+    There are as many as were ever out at a time, whatever the sizes that were asked for.
+    """
 
     def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
+        self._free: list[torch.UntypedStorage] = []  # by size, the smallest first
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A 1-D buffer with any content."""
-        for index, buffer in enumerate(self._free):
-            if buffer.numel() == numel and buffer.dtype == dtype and buffer.device == device:
-                return self._free.pop(index)
-        return torch.empty(numel, dtype=dtype, device=device)
+        nbytes = numel * dtype.itemsize
+        here = [storage for storage in self._free if storage.device == device]
+        chosen = next((storage for storage in here if storage.nbytes() >= nbytes), here[-1] if here else None)
+        if chosen is not None:
+            self._free = [storage for storage in self._free if storage is not chosen]
+        if chosen is None or chosen.nbytes() < nbytes:
+            del here, chosen  # the largest is too small: what takes its place comes after it is gone
+            chosen = torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
+        return torch.empty(0, dtype=dtype, device=device).set_(chosen, 0, (numel,), (1,))
 
     def give(self, buffer: torch.Tensor) -> None:
         """Take a buffer back."""
-        self._free.append(buffer)
+        self._free.append(buffer.untyped_storage())
+        self._free.sort(key=lambda storage: storage.nbytes())
 
     def release(self) -> None:
         """Let go of all buffers."""

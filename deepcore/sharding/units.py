@@ -12,7 +12,10 @@ import torch
 
 from deepcore.sharding.scattered import numel_of
 
-DEFAULT_GROUP_NBYTES = 25 * 2**20  # bytes of parameters per group where the config sets no bucket size
+# Bytes of parameters per group where the config sets no bucket size. Large enough that a collective is worth its start;
+# small enough that those of two groups, in flight at a time, are a small part of the model, and overlap with backward.
+MAX_GROUP_NBYTES, MIN_GROUP_NBYTES = 25 * 2**20, 4 * 2**20
+GROUPS_PER_MODEL = 8
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,17 @@ def plan_groups(
         dtype_of: dtype that each parameter will be cast to; None keeps theirs.
         held: parameters that an optimizer holds.
         first_unit: number of the first group.
-        max_numel: elements per group; None means ``DEFAULT_GROUP_NBYTES`` of the parameter's dtype.
+        max_numel: elements per group; None means an eighth of all, within ``MIN_`` and ``MAX_GROUP_NBYTES``.
     """
+    named = list(named)
+    total = sum(numel_of(param) * param.element_size() for _, param in named)
+    most = max(MIN_GROUP_NBYTES, min(MAX_GROUP_NBYTES, total // GROUPS_PER_MODEL))
     plans: list[GroupPlan] = []
     current: dict[tuple[object, ...], GroupPlan] = {}
     for name, param in named:
         dtype = param.dtype if dtype_of is None else dtype_of[param]
         kind = (param.dtype, dtype, param.requires_grad, param in held, param.device)
-        bound = max_numel or DEFAULT_GROUP_NBYTES // param.element_size()
+        bound = max_numel or most // param.element_size()
         plan = current.get(kind)
         numel = numel_of(param)
         if plan is None or (plan.numel and plan.numel + numel > bound):

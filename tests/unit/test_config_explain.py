@@ -48,7 +48,7 @@ def test_every_setting_has_one_row_and_defaults_are_marked_so() -> None:
         ({}, "gradient_clipping", "default", "DeepSpeed clips at 1.0"),
         ({"gradient_clipping": "auto"}, "gradient_clipping", "inferred", '"auto": the default'),
         ({"gradient_clipping": None}, "gradient_clipping", "default", "null: the default"),
-        ({}, "zero_optimization.reduce_bucket_size", "default", "about 25 MB"),
+        ({}, "zero_optimization.reduce_bucket_size", "default", "4 to 25 MB"),
         ({"steps_per_print": float("inf")}, "steps_per_print", "user", "inf: never"),
         ({"bfloat16": {"enabled": True}}, "bf16.enabled", "user", "written as bfloat16"),
         ({"fp16": {"enabled": False, "hysteresis": 4}}, "fp16.hysteresis", "user", "no effect: fp16 is disabled"),

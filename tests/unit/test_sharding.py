@@ -13,6 +13,7 @@ from deepcore.ops.reference.segments import CHUNK_NUMEL
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.gradients import GroupGradients
 from deepcore.sharding.group import FlatGroup, GroupDtypes
+from deepcore.sharding.reducer import BufferPool
 from deepcore.sharding.segments import Segment, SegmentTable
 from deepcore.sharding.units import plan_groups
 
@@ -46,6 +47,29 @@ def test_plans_separate_dtypes_and_interleave_order() -> None:
     plans = plan_groups(named, axis="dp")
     assert [[name for name, _ in plan.params] for plan in plans] == [["a", "c"], ["b"]]
     assert [plan.key.dtype for plan in plans] == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(("numel", "groups"), [(1000, 1), (2**17, 4), (2**20, 8), (2**21, 11)])
+def test_groups_are_an_eighth_of_the_model_within_bounds(numel: int, groups: int) -> None:
+    named = [(f"p{i}", torch.nn.Parameter(torch.empty(numel, device="meta"))) for i in range(32)]
+    assert len(plan_groups(named, axis="dp")) == groups
+
+
+def test_buffers_are_as_many_as_were_out_at_a_time_whatever_their_sizes() -> None:
+    pool, device, seen = BufferPool(), torch.device("cpu"), set()
+    for turn in range(6):
+        sizes = [(100 + 10 * turn, torch.float32), (30, torch.bfloat16)]
+        out = [pool.take(numel, dtype, device) for numel, dtype in sizes]
+        assert [(t.numel(), t.dtype, t.is_contiguous()) for t in out] == [(*size, True) for size in sizes]
+        assert out[0].untyped_storage().data_ptr() != out[1].untyped_storage().data_ptr()
+        for buffer in out:
+            buffer.fill_(turn)
+            pool.give(buffer)
+        seen = {storage.nbytes() for storage in pool._free}
+    assert len(pool._free) == 2
+    assert seen == {60, 600}
+    pool.release()
+    assert not pool._free
 
 
 def test_adopt_keeps_values_identity_and_strides() -> None:

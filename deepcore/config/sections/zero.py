@@ -59,10 +59,12 @@ class ZeroOptimization(Section):
     contiguous_gradients: bool = Field(default=True, description="Accepted for compatibility.")
     reduce_scatter: bool = Field(default=True, description="Reduce gradients by reduce-scatter at stages 1 to 3.")
     reduce_bucket_size: Positive | None = Field(
-        default=None, description="Largest number of elements reduced at once; unset: the engine's own, about 25 MB."
+        default=None,
+        description="Largest number of elements reduced at once; unset: the engine's own, 4 to 25 MB.",
     )
     allgather_bucket_size: Positive | None = Field(
-        default=None, description="Largest number of elements gathered at once; unset: the engine's own, about 25 MB."
+        default=None,
+        description="Largest number of elements gathered at once; unset: the engine's own, 4 to 25 MB.",
     )
     overlap_comm: bool | None = Field(default=None, description="Overlap with backward; unset: where it helps.")
     load_from_fp32_weights: bool = Field(default=True, description="Restore masters from fp32 weights of a checkpoint.")
