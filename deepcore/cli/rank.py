@@ -6,6 +6,7 @@ Refuses to know the other ranks and torch, which the script may import or not; t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import io
 import json
@@ -22,12 +23,14 @@ from types import ModuleType
 from deepcore.base import env
 
 GRACE = 5.0  # seconds that a rank gets for its last words once it, or another one, has failed
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl
 _ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
 def main(argv: list[str]) -> None:
     """Run ``[--module] script args...`` as ``__main__``; exits with the script's code."""
     faulthandler.enable()
+    _end_with_launcher()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
     error_file = env.text("TORCHELASTIC_ERROR_FILE")
@@ -38,6 +41,12 @@ def main(argv: list[str]) -> None:
             _run_module(argv[1:])
         else:
             _run_script(argv)
+
+
+def _end_with_launcher() -> None:
+    """Let the system kill this process when the launcher is killed: nobody else would end it."""
+    if sys.platform == "linux" and env.text("TORCHELASTIC_ERROR_FILE") is not None:
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _interrupted(number: int, frame: object) -> None:

@@ -46,6 +46,11 @@ class Parting:
         if store is not None:
             self._thread.start()
 
+    @property
+    def can_agree(self) -> bool:
+        """Whether the other ranks can still be asked."""
+        return self._store is None or self._thread.is_alive()
+
     def is_here(self) -> bool:
         """Called at every place: whether all ranks stop now. Waits only once a rank was asked to stop."""
         self._reached += 1

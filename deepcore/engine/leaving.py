@@ -62,6 +62,8 @@ class Leaving:
         return [engine for ref in self._order if (engine := ref()) is not None and engine in self._engines]
 
     def _may_wait(self) -> bool:
+        if self._parting is None or not self._parting.can_agree:
+            return False
         if any(_folder_of(engine) for engine in self._alive()):
             return True
         logger().warning(
