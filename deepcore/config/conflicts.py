@@ -89,6 +89,10 @@ def _parallel(settings: Settings) -> Iterator[Problem]:
     if tensor.autotp_size > 1 and tensor.tp.tp_size > 1 and tensor.autotp_size != tensor.tp.tp_size:
         what = "tensor_parallel.autotp_size and tensor_parallel.tp.tp_size contradict each other"
         yield Problem(what, got=f"{tensor.autotp_size} and {tensor.tp.tp_size}", do="keep autotp_size")
+    mode = "fp16" if settings.fp16.enabled else "bf16" if settings.bf16.enabled else "fp32"
+    if tensor.size > 1 and tensor.dtype not in (None, mode):
+        what = f"tensor_parallel.dtype contradicts the training precision, which is {mode}"
+        yield Problem(what, got=str(tensor.dtype), expected=mode, do="remove it, or enable that precision")
 
 
 def _hybrid(settings: Settings) -> Iterator[Problem]:

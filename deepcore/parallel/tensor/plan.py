@@ -103,7 +103,8 @@ def _grouped(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Rows whose names differ in numbers only, and say the same, as one with the numbers it stands for."""
     found: dict[tuple[str, str], list[str]] = {}
     for name, words in rows:
-        generic = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        *places, last = name.split(".")  # a number at the end tells layers of a Sequential apart
+        generic = ".".join([*("*" if part.isdigit() else part for part in places), last])
         found.setdefault((generic, words), []).append(name)
     return [
         (names[0] if len(names) == 1 else generic, words if len(names) == 1 else f"{words}  x {len(names)}")
