@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -65,13 +65,13 @@ def agree(kinds: list[str], config: dict[str, Any]) -> int:
             options = {"attention_mask": mask, "max_new_tokens": 10, "pad_token_id": 0, **options}
             ours = engine.generate(ids, **options)
             if torch.distributed.get_rank() == 1:
-                cast = torch.autocast("cpu", torch.bfloat16) if "torch_autocast" in config else nullcontext()
-                with cast:
+                with _cast(config):
                     theirs = model.generate(ids, do_sample=False, **options)
                 assert torch.equal(ours, theirs), (kind, options)
                 count += 1
         if kind == "LlamaForCausalLM":
-            _with_penalty(engine, model)
+            with _cast(config):
+                _with_penalty(engine, model)
             _drawn_from()
         engine.train()
         engine.backward(engine(input_ids=ids, labels=ids).loss)
@@ -79,6 +79,10 @@ def agree(kinds: list[str], config: dict[str, Any]) -> int:
         assert engine.was_step_applied()
         engine.destroy()
     return count
+
+
+def _cast(config: dict[str, Any]) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if "torch_autocast" in config else nullcontext()
 
 
 def _with_penalty(engine: Any, model: Any) -> None:
