@@ -46,7 +46,7 @@ def _one_optimizer(parts: Sequence[Any]) -> Any:
                 "a checkpoint cannot hold param_groups that differ between the stages of a pipeline",
                 got=f"{_words(first)} on stage 0, {_words(part)} on stage {stage}",
                 expected="the same groups with the same hyperparameters, in the same order, on every stage",
-                do="let every stage have a parameter of every group, for example by another partition_method",
+                do="give every stage all groups, empty where it has no parameter of one",
             )
     groups = [
         {**group, "params": _distinct(name for part in parts for name in part["groups"][index]["params"])}

@@ -39,7 +39,8 @@ _ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad"
 def collect_groups(names: Mapping[torch.Tensor, str], model_parameters: Iterable[Any] | None) -> ParamGroups:
     """The param_groups to optimize: the given parameters or group dicts, else all that are trainable.
 
-    Parameters that are given though they are frozen are kept, for they may be unfrozen later.
+    Parameters that are given though they are frozen are kept, for they may be unfrozen later. A group that has no
+    parameter here is kept too: another stage of a pipeline may hold some, and a checkpoint goes by the groups' order.
 
     Args:
         names: of the model's parameters.
@@ -56,7 +57,8 @@ def collect_groups(names: Mapping[torch.Tensor, str], model_parameters: Iterable
         groups = [{"params": given}]
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad or (asked and p.is_floating_point())]
-    groups = [group for group in groups if group["params"]]
+    if not any(group["params"] for group in groups):
+        return []
     require_ours(names, groups)
     return groups
 

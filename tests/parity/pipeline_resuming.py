@@ -191,6 +191,26 @@ def bring_plain(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def grouped(case: Case, folder: Path, saves: bool) -> dict[str, Any]:
+    """Groups of which one has no parameter on the last stage; each keeps its own rate."""
+    model: Any = Row(case.layers()) if case.alone else pipeline(case)
+    chosen = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    starts = [param for name, param in chosen if "places" in name]
+    rest = [param for name, param in chosen if "places" not in name]
+    groups = [{"params": starts, "lr": 0.02, "weight_decay": 0.0}, {"params": rest, "lr": 0.01 if saves else 0.5}]
+    config = {key: value for key, value in case.config().items() if key != "scheduler"}
+    engine = deepcore.initialize(model=model, model_parameters=groups, config=config)[0]
+    if saves:
+        run(case, engine, 0, BEFORE)
+        engine.save_checkpoint(folder)
+    else:
+        engine.load_checkpoint(folder)
+    rates = engine.get_lr()
+    losses = run(case, engine, BEFORE, BEFORE + AFTER)
+    engine.destroy()
+    return {"rates": rates, "losses": losses, "empty": not starts}
+
+
 def refusals(folder: Path) -> dict[str, Any]:
     """The messages of errors, after each of which training goes on."""
     case, told = Case(Pipe(2, micro=2, tied=False)), {}
@@ -199,6 +219,7 @@ def refusals(folder: Path) -> dict[str, Any]:
     starts = [param for name, param in model.named_parameters() if "places" in name]  # on the first stage only
     ours = {id(param) for param in starts}
     groups = [{"params": starts, "weight_decay": 0.0}, {"params": [p for p in matrices if id(p) not in ours]}]
+    groups = [group for group in groups if group["params"]]  # one less on the second stage
     engine = deepcore.initialize(model=model, model_parameters=groups, config=case.config())[0]
     told["groups"] = _refused(lambda: engine.save_checkpoint(folder))
     assert not list(folder.iterdir())

@@ -10,7 +10,7 @@ import torch
 
 from deepcore.checkpoint.importers import convert
 from tests.dist.pool import run_ranks
-from tests.parity.pipeline_resuming import Case, bring_plain, refusals, resume_each, resume_loader, save
+from tests.parity.pipeline_resuming import Case, bring_plain, grouped, refusals, resume_each, resume_loader, save
 from tests.parity.stages import Pipe, Row
 
 ALONE = Case(Pipe(1), rate=0.0, alone=True)
@@ -82,6 +82,16 @@ def test_weights_from_elsewhere_reach_their_stages(tmp_path: Path) -> None:
             assert all(torch.equal(value, plain[name]) for name, value in tensors.items())
             reached |= tensors.keys()
     assert reached == plain.keys()
+
+
+def test_a_group_may_have_no_parameter_on_a_stage(tmp_path: Path) -> None:
+    saved = run_ranks(2, grouped, Case(Pipe(2), rate=0.0), tmp_path, True)
+    assert [result["empty"] for result in saved] == [False, True]
+    found = run_ranks(2, grouped, Case(Pipe(2, stage=1), rate=0.0), tmp_path, False)
+    found += run_ranks(1, grouped, ALONE, tmp_path, False)
+    for result in found:
+        assert result["rates"] == saved[0]["rates"] == [0.02, 0.01]
+        assert result["losses"] == pytest.approx(saved[0]["losses"], rel=1e-6)
 
 
 def test_what_cannot_be_is_an_error_on_every_rank(tmp_path: Path) -> None:
