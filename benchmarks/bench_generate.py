@@ -17,7 +17,7 @@ from benchmarks.harness import OURS, Contender, Options, Result, interleave
 from benchmarks.ranks import run_ranks
 
 NUM_RANKS, PROMPT, VOCABULARY = 2, 32, 2048
-SIZES = {False: (4, 1024, 16), True: (1, 32, 4)}  # layers, width, new tokens
+SIZES = {False: (4, 1024, 32), True: (1, 32, 4)}  # layers, width, new tokens
 ROWS = (1, 4)  # prompts per rank
 
 Job = tuple[Callable[[], object], Callable[[], object]]  # one phase; the end

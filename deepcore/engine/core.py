@@ -140,6 +140,10 @@ class TrainCore:
                 self._abandon(sys.exc_info()[1])
         self._backwards += 1
 
+    def weigh(self, num_tokens: torch.Tensor) -> None:
+        """The losses of this window, already backward, were sums over so many tokens of this rank."""
+        self._tokens.add(num_tokens)
+
     @property
     def unscale(self) -> torch.Tensor | float:
         """What turns reduced gradients into those of the user's loss: fp32 (1,), or 1.0."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -19,11 +20,14 @@ from deepcore.engine.core import TrainCore, require_loss, split_divisor
 from deepcore.engine.microbatches import MicroBatches
 from deepcore.engine.persistence import Persistent
 from deepcore.engine.progress import StepPrinter
+from deepcore.engine.saving_stages import save_stages
+from deepcore.engine.step_losses import StepLosses
 from deepcore.engine.stepping import Gate
 from deepcore.errors import ConfigError, UsageError
 from deepcore.parallel.pipeline.chunk import Feed
 from deepcore.parallel.pipeline.module import PipelineModule
 from deepcore.parallel.pipeline.runner import PipelineRunner
+from deepcore.parallel.pipeline.weighting import split_loss
 from deepcore.zero import holdings
 from deepcore.zero.gather import load_weights
 
@@ -62,7 +66,8 @@ class PipelineEngine(Persistent):
         self._batches = MicroBatches(world.device, inputs=self.is_first_stage(), labels=self.is_last_stage())
         self._printer = StepPrinter(settings.steps_per_print, world.rank, world.device, settings.wall_clock_breakdown)
         self._seed, self._rest = 1.0, 1.0  # of this step: what losses and reduced sums are multiplied, divided by
-        self._losses: list[torch.Tensor] = []
+        self._losses, self._weighted = StepLosses(mesh, world.device), False
+        self._additional: dict[str, torch.Tensor] | None = None
         self._closed_window = self._destroyed = False
         self._holdings: holdings.Holdings | None = None
 
@@ -75,7 +80,7 @@ class PipelineEngine(Persistent):
             data_iter: of (inputs, labels); else what ``training_data`` or ``set_dataloader`` gave.
 
         Returns:
-            The mean loss over all micro-batches and replicas, on every rank.
+            The mean loss over all micro-batches and replicas, or over all their tokens, on every rank.
 
         Raises:
             UsageError: too few micro-batches, or of different shapes; on the other ranks a CommError.
@@ -85,8 +90,12 @@ class PipelineEngine(Persistent):
         self.module.train()
         num_micro = self.clock.accumulation
         number, feed = self._load(num_micro, data_iter, loss_fn)
-        self._seed, self._rest = split_divisor(num_micro, core.settings.num_replicas, self._runner.loss_dtype(number))
-        self._losses, done = [], False
+        self._weighted = self._runner.is_weighted(number)
+        self._seed, self._rest = 1.0, 1.0
+        if not self._weighted:
+            dtype = self._runner.loss_dtype(number)
+            self._seed, self._rest = split_divisor(num_micro, core.settings.num_replicas, dtype)
+        self._losses, done = StepLosses(self.mesh, self.device), False
         try:
             with self._printer.measure("forward and backward"):
                 self._runner.train(number, num_micro, feed)
@@ -94,7 +103,11 @@ class PipelineEngine(Persistent):
         finally:
             if not done:
                 core.kill("an error inside a schedule left other ranks waiting for this one's activations")
-        loss = self._mean(self._losses, num_micro)
+        loss = self._losses.mean(num_micro)
+        if self._weighted:
+            core.weigh(self._losses.tokens())
+        if type(self.module).get_additional_losses is not PipelineModule.get_additional_losses:
+            self._additional = self._losses.further(num_micro)
         for _ in range(num_micro - 1):
             self.clock.tick_micro()
         self._close_window(core)
@@ -138,11 +151,17 @@ class PipelineEngine(Persistent):
         if loss_fn is None:
             return whole
         with torch.no_grad():
-            losses = [loss_fn(output, label) for output, label in zip(outputs, labels, strict=False)]
-        loss: Any = self._mean(losses, num_micro) if reduce_output else self._everywhere(losses, num_micro)
+            losses = StepLosses(self.mesh, self.device)
+            for output, label in zip(outputs, labels, strict=False):
+                losses.note(*split_loss(loss_fn(output, label)))
+        loss: Any = losses.mean(num_micro) if reduce_output else losses.each(num_micro)
         if not bcast_loss and not self.is_last_stage():
             loss = None
         return (loss, whole) if return_logits else loss
+
+    def get_additional_losses(self) -> dict[str, torch.Tensor] | None:
+        """Means over the last step's micro-batches and replicas of what ``module.get_additional_losses()`` said."""
+        return self._additional
 
     def set_dataloader(self, loader: Iterable[Any]) -> None:
         """Take micro-batches from ``loader``, again from its start whenever it ends."""
@@ -222,8 +241,12 @@ class PipelineEngine(Persistent):
         core, loss_fn = self.core, self.module.loss_fn
         assert core is not None
         assert loss_fn is not None
-        loss = require_loss(loss_fn(output, labels))
-        self._losses.append(loss.detach())
+        value, count = split_loss(loss_fn(output, labels))
+        loss = require_loss(value)
+        if (count is not None) is not self._weighted:
+            raise _mixed_losses()
+        self._losses.note(loss, count)
+        self._losses.note_further(self.module.get_additional_losses())
         self._printer.note_loss(loss)
         return core.scaler.scaled(loss, self._seed)
 
@@ -239,22 +262,6 @@ class PipelineEngine(Persistent):
             core.optimizer_step()
         self._closed_window = True
         self._after_step()
-
-    def _mean(self, losses: list[torch.Tensor], num_micro: int) -> torch.Tensor:
-        """The mean over micro-batches and replicas, fp32, on every rank; summed in fp64."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        if losses:
-            total += torch.stack([loss.double().reshape(()) for loss in losses]).sum()
-        self.mesh.world.all_reduce(total).wait()
-        return (total / (num_micro * self.dp_world_size)).float().reshape(())
-
-    def _everywhere(self, losses: list[torch.Tensor], num_micro: int) -> list[torch.Tensor]:
-        """This replica's losses on all of its ranks."""
-        values = torch.zeros(num_micro, dtype=torch.float64, device=self.device)
-        if losses:
-            values += torch.stack([loss.double().reshape(()) for loss in losses])
-        self.mesh.pp.all_reduce(values).wait()
-        return list(values.float().unbind())
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -272,14 +279,16 @@ class PipelineEngine(Persistent):
         mine = {name: value for name, value in state_dict.items() if not self.module.lies_elsewhere(name)}
         return load_weights(self.module, self.strategy, mine, strict=strict)
 
-    def save_16bit_model(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: no rank holds the whole model."""
-        raise UsageError(
-            "save_16bit_model() is not offered with a pipeline yet",
-            got="PipelineEngine.save_16bit_model()",
-            expected="a checkpoint, which holds all stages",
-            do="call save_checkpoint(), then run: deepcore checkpoint export CHECKPOINT OUT --dtype bf16",
-        )
+    def save_16bit_model(
+        self, save_dir: str | Path, save_filename: str = "model.safetensors", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Write the weights of all stages, in 16 bits, into one file for inference. Collective; one rank writes.
+
+        Args:
+            save_filename: ends in ``.safetensors``, or in ``.bin`` or ``.pt`` for ``torch.save``.
+        """
+        save_stages(self, save_dir, save_filename, exclude_frozen=exclude_frozen_parameters)
+        return True
 
     def saves_here(self, name: str) -> bool:
         """The first stage that holds a tied module saves its buffers: copies may have seen other inputs."""
@@ -344,9 +353,20 @@ def _refused(verb: str) -> UsageError:
     )
 
 
-def _checked(loss: Any, module: PipelineModule) -> torch.Tensor:
+def _mixed_losses() -> UsageError:
+    return UsageError(
+        "loss_fn returned a mean for some micro-batches and a sum over tokens for others",
+        got="loss in one micro-batch, (loss, number of tokens) in another of the same shape",
+        expected="the same form always",
+        do="return (summed loss, 0) where a micro-batch has no token",
+    )
+
+
+def _checked(loss: Any, module: PipelineModule) -> Any:
     """A loss as training needs it; in evaluation it has no graph."""
-    return require_loss(loss) if module.training else loss
+    if module.training:
+        require_loss(split_loss(loss)[0])
+    return loss
 
 
 def _joined(outputs: list[Any]) -> Any:

@@ -203,16 +203,22 @@ def save_weights(engine: Engine, save_dir: str | Path, filename: str, *, exclude
             if engine.parts is not None:
                 value = engine.parts.whole(param, value)
             if engine.global_rank == 0:
-                state[name] = _narrowed(value, low)
+                state[name] = narrowed(value, low)
     if engine.global_rank == 0:
         for fragment in buffer_fragments(engine.module):
             value = in_shape(fragment.values, fragment.form)
-            state[fragment.name.removeprefix(BUFFERS)] = _narrowed(value, low)
+            state[fragment.name.removeprefix(BUFFERS)] = narrowed(value, low)
+    write_whole(engine, path, state, aliases(engine.module))
+
+
+def write_whole(
+    engine: Persistent, path: Path, state: dict[str, torch.Tensor], further_names: Mapping[str, str]
+) -> None:
+    """The first rank writes one file; an error there is one on every rank. Collective."""
     failure = ""
     if engine.global_rank == 0:
-        tied = {alias: name for alias, name in aliases(engine.module).items() if name in state}
         try:
-            write_model(path, state, tied)
+            write_model(path, state, {alias: name for alias, name in further_names.items() if name in state})
         except OSError as error:
             failure = f"{error.strerror}: {path}"
     told = [text for text in gather_records(failure, engine.mesh.world) if text]
@@ -229,7 +235,7 @@ def whole_weight(param: torch.nn.Parameter) -> torch.Tensor:
     return torch.empty(held.slot.shape) if found is None else gather.in_shape(found.values, held)
 
 
-def _narrowed(value: torch.Tensor, low: torch.dtype) -> torch.Tensor:
+def narrowed(value: torch.Tensor, low: torch.dtype) -> torch.Tensor:
     """A copy in the CPU's memory, in 16 bits where it has more."""
     wide = value.is_floating_point() and value.dtype.itemsize > low.itemsize
     return value.detach().to("cpu", low if wide else value.dtype, copy=True)

@@ -40,7 +40,7 @@ class TokenCount:
         self._weighted = weighted
         if count is None:
             return
-        number = _number(count, self._axis.device)
+        number = token_number(count, self._axis.device)
         self._local = number if self._local is None else self._local + number
         self._inverse = None
 
@@ -62,8 +62,8 @@ class TokenCount:
         self._weighted = self._local = self._inverse = None
 
 
-def _number(count: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``count`` as fp64 (1,) on the device: exact up to 2^53 tokens."""
+def token_number(count: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``count`` as fp64 (1,) on the device: exact up to 2^53 tokens. UsageError where it is none."""
     if isinstance(count, torch.Tensor) and count.numel() == 1:
         return count.detach().to(device, torch.float64, non_blocking=True).reshape(1)
     if isinstance(count, int) and not isinstance(count, bool) and count >= 0:

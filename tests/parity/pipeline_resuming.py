@@ -226,7 +226,6 @@ def refusals(folder: Path) -> dict[str, Any]:
     run(case, engine, 0, 1)
     engine.destroy()
     engine = start(case)
-    told["16 bit"] = _refused(lambda: engine.save_16bit_model(folder))
     engine.save_checkpoint(folder)
     other = start(Case(Pipe(2, micro=2, tied=True)))
     before = everything(other)

@@ -101,4 +101,3 @@ def test_what_cannot_be_is_an_error_on_every_rank(tmp_path: Path) -> None:
         assert "2 of FusedAdam" in told["groups"]
         assert told["model"]
         assert "unknown" in "".join(told["model"])
-        assert "export" in told["16 bit"]

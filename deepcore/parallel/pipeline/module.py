@@ -5,7 +5,7 @@ Knows nothing of schedules or training; an engine asks for the stages that lie h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class PipelineModule(nn.Module):
         layers: all of them, the same on every rank.
         num_stages: ranks that one batch passes through; the other ranks are replicas.
         topology: instead of ``num_stages``.
-        loss_fn: called with the last layer's output and the batch's labels; returns the micro-batch's mean loss.
+        loss_fn: called with the last layer's output and the batch's labels; returns the micro-batch's mean loss,
+            or (summed loss, number of tokens): then every token of a step counts alike.
         seed_layers: seed every layer's construction with ``base_seed`` and its place, and every layer's forward with
             those and the micro-batch: weights and dropout are then the same on any number of stages.
         seed_fn: takes the seed of a layer's construction; default ``torch.manual_seed``.
@@ -54,7 +55,7 @@ class PipelineModule(nn.Module):
         layers: Iterable[Any],
         num_stages: int | None = None,
         topology: ProcessTopology | None = None,
-        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+        loss_fn: Callable[[Any, Any], Any] | None = None,
         seed_layers: bool = False,
         seed_fn: Callable[[int], Any] | None = None,
         base_seed: int = 1234,
@@ -157,6 +158,13 @@ class PipelineModule(nn.Module):
         """Whether no earlier rank of the pipeline holds ``name``, of a parameter or buffer that is here."""
         head, _, rest = name.partition(".")
         return head != "tied_modules" or self.tied_ranks(rest.partition(".")[0])[0] == self.stage_rank
+
+    def get_additional_losses(self) -> Mapping[str, Any] | None:
+        """For subclasses: further losses of the micro-batch whose loss was just computed, by name, to be reported.
+
+        Called on ranks of the last stage. ``engine.get_additional_losses()`` has their means.
+        """
+        return None
 
     @property
     def tied_keys(self) -> list[str]:

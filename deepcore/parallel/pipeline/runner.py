@@ -98,6 +98,10 @@ class PipelineRunner:
         assert dtype is not None, "surveyed with a loss"
         return dtype
 
+    def is_weighted(self, number: int) -> bool:
+        """Whether the losses of a shape are sums over tokens, known to all ranks."""
+        return self._forms[number].weighted
+
     def train(self, number: int, num_micro: int, feed: Feed) -> None:
         """All forwards and backwards of one step; gradients are left where ``around`` puts them."""
         self._fill(feed)

@@ -19,6 +19,7 @@ from deepcore.comm.mesh import Axis
 from deepcore.errors import CommError, LayoutError
 from deepcore.parallel.pipeline.boundary import Boundary, members_of, sendable
 from deepcore.parallel.pipeline.module import PipelineModule
+from deepcore.parallel.pipeline.weighting import split_loss
 
 
 @dataclass
@@ -28,10 +29,12 @@ class Forms:
     Attributes:
         boundaries: the output of every stage but the last.
         loss_dtype: None where no loss was computed.
+        weighted: losses are sums over tokens.
     """
 
     boundaries: list[Boundary] = field(default_factory=list)
     loss_dtype: torch.dtype | None = None
+    weighted: bool = False
 
 
 class Surveyor:
@@ -48,7 +51,7 @@ class Surveyor:
     ) -> None:
         self._module, self._axis, self._call, self._splits = module, axis, call, splits_backward
 
-    def survey(self, inputs: Any, loss_of: Callable[[Any], torch.Tensor] | None) -> Forms:
+    def survey(self, inputs: Any, loss_of: Callable[[Any], Any] | None) -> Forms:
         """Every boundary. Collective over the axis.
 
         Args:
@@ -77,16 +80,15 @@ class Surveyor:
                     carried = self._pass_on(forms.boundaries[-1], carried, owner, placement.rank_of(stage + 1))
         return forms
 
-    def _visit(
-        self, stage: int, inputs: Any, loss_of: Callable[[Any], torch.Tensor] | None, report: dict[str, Any]
-    ) -> Any:
+    def _visit(self, stage: int, inputs: Any, loss_of: Callable[[Any], Any] | None, report: dict[str, Any]) -> Any:
         """Run a stage and say in ``report`` what came out."""
         layers = self._module.layers_of(stage)
         output = self._call(stage, inputs)
         if stage == self._module.placement.num_stages - 1:
-            ends = [loss_of(output)] if loss_of is not None else []
-            self._require_paths(stage, ends, inputs)
-            report["loss"] = str(ends[0].dtype).removeprefix("torch.") if ends else None
+            loss, count = (None, None) if loss_of is None else split_loss(loss_of(output))
+            self._require_paths(stage, [] if loss is None else [loss], inputs)
+            report["loss"] = None if loss is None else str(loss.dtype).removeprefix("torch.")
+            report["weighted"] = count is not None
             return None
         output = sendable(output, members_of(inputs) if stage else (), fresh=False)
         boundary = Boundary.of(output, layers[-1])
@@ -139,7 +141,7 @@ class Surveyor:
         if "boundary" in report:
             forms.boundaries.append(Boundary.from_json(report["boundary"]))
         elif report["loss"] is not None:
-            forms.loss_dtype = getattr(torch, report["loss"])
+            forms.loss_dtype, forms.weighted = getattr(torch, report["loss"]), report["weighted"]
 
     def _pass_on(self, boundary: Boundary, output: Any, owner: int, receiver: int) -> Any:
         """The output at the next stage, as a leaf; on other ranks nothing."""
