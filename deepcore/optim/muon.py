@@ -6,7 +6,7 @@ Knows nothing of shards: it asks for its matrices whole, and gets them so at eve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from deepcore.sharding.update_arena import Form
 MATRICES, REST = "muon", "adam"  # the families
 NOT_FOR_MUON = ("embed", "lm_head")  # parts of names of matrices that are no linear maps between hidden layers
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STACK_NUMEL = 1 << 23  # elements that are orthogonalised together: more would cost memory and gain nothing
 _ADJUST = ("original", "match_rms_adamw")
 
 
@@ -164,34 +165,47 @@ class Muon(SegmentOptimizer):
         """Every tensor of the batch is one parameter in its own shape; nothing is read back from the device."""
         due = (batch.active != 0) & (skip == 0)
         batch.steps.add_(due)
+        for group, indices in self._stacks(batch):
+            directions = [self._direction(batch, index, group, grad_scale, due[index]) for index in indices]
+            method, steps, dtype = group["ns_method"], group["ns_steps"], _DTYPES[group["ns_dtype"]]
+            stack = orthogonalize(torch.stack(directions), method=method, steps=steps, dtype=dtype)
+            for index, ortho in zip(indices, stack, strict=True):
+                _apply(batch, index, group, ortho, due[index])
+
+    def _stacks(self, batch: SegmentBatch) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
+        """The tensors of a batch by group and shape, as many together as ``STACK_NUMEL`` allows."""
+        alike: dict[tuple[int, int, int], list[int]] = {}
         for index, segment in enumerate(batch.table.segments):
-            if not segment.numel:
-                continue
-            group = self.param_groups[batch.table.hyper_of[index]]
-            stored, buffer = batch.params[index], batch.states["momentum_buffer"][index]
-            weight, momentum = _update(stored.float(), batch.grads[index].float() * grad_scale, buffer, group)
-            buffer.copy_(torch.where(due[index], momentum, buffer))
-            stored.copy_(torch.where(due[index], weight, stored))
-            if batch.copies:
-                batch.copies[index].copy_(stored)
+            if segment.numel:
+                rows = batch.params[index].shape[0]
+                alike.setdefault((batch.table.hyper_of[index], rows, segment.numel // rows), []).append(index)
+        for (row, rows, columns), indices in alike.items():
+            most = max(1, STACK_NUMEL // (rows * columns))
+            for first in range(0, len(indices), most):
+                yield self.param_groups[row], indices[first : first + most]
+
+    def _direction(
+        self, batch: SegmentBatch, index: int, group: Mapping[str, Any], scale: torch.Tensor, due: torch.Tensor
+    ) -> torch.Tensor:
+        """What is to be orthogonalised of one matrix; its momentum follows where it is due."""
+        mu, buffer = group["momentum"], batch.states["momentum_buffer"][index]
+        g = batch.grads[index].float() * scale
+        momentum = buffer.lerp(g, 1 - mu)
+        buffer.copy_(torch.where(due, momentum, buffer))
+        return (g.lerp(momentum, mu) if group["nesterov"] else momentum).flatten(1)
 
 
-def _update(
-    p: torch.Tensor, g: torch.Tensor, buffer: torch.Tensor, group: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """New weights and momentum of one matrix."""
-    mu, lr = group["momentum"], float(group["lr"])
-    momentum = buffer.lerp(g, 1 - mu)
-    direction = (g.lerp(momentum, mu) if group["nesterov"] else momentum).flatten(1)
-    ortho = orthogonalize(
-        direction, method=group["ns_method"], steps=group["ns_steps"], dtype=_DTYPES[group["ns_dtype"]]
-    )
-    rows, columns = direction.shape
+def _apply(batch: SegmentBatch, index: int, group: Mapping[str, Any], ortho: torch.Tensor, due: torch.Tensor) -> None:
+    """New weights of one matrix, where it is due."""
+    lr, (rows, columns), stored = float(group["lr"]), ortho.shape, batch.params[index]
     adjust = math.sqrt(max(1, rows / columns))
     if group["adjust_lr_fn"] == "match_rms_adamw":
         adjust = 0.2 * math.sqrt(max(rows, columns))
-    weight = p * (1 - lr * group["weight_decay"])
-    return weight.add(ortho.reshape(p.shape), alpha=-lr * adjust), momentum
+    weight = stored.float() * (1 - lr * group["weight_decay"])
+    weight = weight.add(ortho.reshape(stored.shape), alpha=-lr * adjust)
+    stored.copy_(torch.where(due, weight, stored))
+    if batch.copies:
+        batch.copies[index].copy_(stored)
 
 
 def divided(group: dict[str, Any]) -> list[dict[str, Any]]:

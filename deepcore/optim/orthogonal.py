@@ -1,9 +1,13 @@
-"""Owns the approximate orthogonalisation of matrices by Newton-Schulz iterations.
+"""Owns the approximate orthogonalisation of stacks of matrices by Newton-Schulz iterations.
 
-Knows nothing of optimizers; the products are torch's.
+Knows nothing of optimizers; the products are torch's, of all matrices of a stack in one call. How many they are changes
+no bit of any.
 """
 
 from __future__ import annotations
+
+import platform
+from functools import cache
 
 import torch
 
@@ -12,8 +16,8 @@ EPS = 1e-7  # smallest norm to divide by
 METHODS = ("standard", "gram")
 
 
-def orthogonalize(matrix: torch.Tensor, *, method: str, steps: int, dtype: torch.dtype) -> torch.Tensor:
-    """Replace the singular values of ``matrix`` by numbers near 1.
+def orthogonalize(matrices: torch.Tensor, *, method: str, steps: int, dtype: torch.dtype) -> torch.Tensor:
+    """Replace the singular values of each of ``matrices`` by numbers near 1.
 
     With X = matrix / |matrix| (Frobenius), transposed where it is taller than wide, and A = X X^T, each of ``steps``
     iterations makes X = a X + (b A + c A^2) X, (a, b, c) = ``QUINTIC`` (Jordan et al. 2024, "Muon: An optimizer for
@@ -24,40 +28,57 @@ def orthogonalize(matrix: torch.Tensor, *, method: str, steps: int, dtype: torch
     much wider than tall. Its small products are in fp32 whatever ``dtype`` is, since a Gram matrix has
     the squares of the singular values; the first and the last product are in ``dtype``.
 
+    An x86 processor that cannot multiply bf16 numbers takes eight times as long with them: there, products are made in
+    fp32 from factors that are rounded to bf16, and rounded. Hardware does the same, but for the order of a sum.
+
     Args:
-        matrix: (m, n).
+        matrices: (k, m, n).
         method: one of ``METHODS``.
         steps: iterations.
         dtype: in which products are made.
 
     Returns:
-        (m, n) in ``dtype``.
+        (k, m, n), numbers of ``dtype``.
     """
     assert method in METHODS
-    x = matrix.to(dtype)
-    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrices.to(dtype)
+    norms = torch.stack([matrix.norm() for matrix in x]).clamp(min=EPS)  # one by one: sums in the order of one matrix
+    tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
-    x = x / x.norm().clamp(min=EPS)
-    x = _gram(x, steps) if method == "gram" else _standard(x, steps)
+    x = x / norms[:, None, None]
+    if dtype == torch.bfloat16 and x.device.type == "cpu" and _widens_bf16():
+        x = x.float()
+    x = _gram(x, steps, dtype) if method == "gram" else _standard(x, steps, dtype)
     return x.mT if tall else x
 
 
-def _standard(x: torch.Tensor, steps: int) -> torch.Tensor:
+@cache
+def _widens_bf16() -> bool:
+    return platform.machine() == "x86_64" and not torch.cpu._is_avx512_bf16_supported()
+
+
+def _rounded(product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest numbers of ``dtype``, in the dtype that products are made in."""
+    return product if product.dtype == dtype else product.to(dtype).to(product.dtype)
+
+
+def _standard(x: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
     a, b, c = QUINTIC
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = _rounded(torch.bmm(x, x.mT), dtype)
+        factor = _rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), dtype)
+        x = _rounded(torch.baddbmm(x, factor, x, beta=a), dtype)
     return x
 
 
-def _gram(x: torch.Tensor, steps: int) -> torch.Tensor:
+def _gram(x: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
     a, b, c = QUINTIC
-    gram = (x @ x.mT).float()
-    unit = torch.eye(gram.shape[0], device=x.device)
-    total = unit
+    gram = _rounded(torch.bmm(x, x.mT), dtype).float()
+    unit = torch.eye(gram.shape[1], device=x.device)
+    total = unit.expand_as(gram)
     for _ in range(steps):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c).add_(unit, alpha=a)
-        total = factor @ total
-        gram = factor @ gram @ factor
-    return total.to(x.dtype) @ x
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c).add_(unit, alpha=a)
+        total = torch.bmm(factor, total)
+        gram = torch.bmm(torch.bmm(factor, gram), factor)
+    return _rounded(torch.bmm(_rounded(total, dtype).to(x.dtype), x), dtype)

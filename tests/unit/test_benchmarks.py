@@ -24,6 +24,7 @@ CASES = {
     "cast": {f"{size} {way}" for size in ("large", "tiny") for way in ("fp32 to bf16", "bf16 to fp32")},
     "checksum": {"chunk", "large"},
     "loss_scale": {"step"},
+    "muon": {"tiny"},
     **{name: {"large", "1000 small", "tiny"} for name in ("adagrad", "lamb", "lion", "sgd")},
     "flatten": {f"{way} {case}" for way in ("flatten", "unflatten") for case in ("large", "1000 small", "tiny")},
     "grad_stats": {"large", "1000 small", "tiny"},

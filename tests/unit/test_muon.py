@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from deepcore.errors import ConfigError
-from deepcore.optim import FusedAdam, Muon
+from deepcore.optim import FusedAdam, Muon, muon, orthogonal
 from deepcore.optim.orthogonal import orthogonalize
 
 
@@ -119,7 +121,7 @@ def test_more_dimensions_are_a_matrix_of_the_first_by_the_rest() -> None:
 def test_orthogonalisation_brings_singular_values_near_one(shape: tuple[int, int], method: str) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    result = orthogonalize(matrix, method=method, steps=5, dtype=torch.float32)
+    result = orthogonalize(matrix[None], method=method, steps=5, dtype=torch.float32)[0]
     values = torch.linalg.svdvals(result)
     assert result.shape == matrix.shape
     assert values.max() < 1.3
@@ -133,10 +135,57 @@ def test_the_gram_iteration_makes_the_same_polynomial() -> None:
     torch.manual_seed(0)
     for shape in [(12, 40), (40, 12)]:
         matrix = torch.randn(shape)
+        matrix = matrix[None]
         standard, gram = (orthogonalize(matrix, method=m, steps=5, dtype=torch.float32) for m in ("standard", "gram"))
         torch.testing.assert_close(gram, standard, rtol=0, atol=1e-4)
         low = orthogonalize(matrix, method="gram", steps=5, dtype=torch.bfloat16)
         torch.testing.assert_close(low.float(), standard, rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_a_stack_changes_no_bit_of_a_matrix(method: str, dtype: torch.dtype) -> None:
+    """An owner of parameters has other matrices at every stage, and every number of ranks."""
+    for shape in [(1, 1), (5, 7), (40, 17), (96, 96), (200, 70)]:
+        stack = torch.randn(5, *shape)
+        together = orthogonalize(stack, method=method, steps=5, dtype=dtype)
+        for parts in ([1, 1, 1, 1, 1], [2, 3]):
+            apart = [orthogonalize(part, method=method, steps=5, dtype=dtype) for part in stack.split(parts)]
+            assert torch.equal(torch.cat(apart), together)
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (100, 100)])
+def test_wide_products_of_rounded_factors_are_those_of_bf16(
+    shape: tuple[int, int], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, results = torch.randn(3, *shape), []
+    for widens in (True, False):
+        monkeypatch.setattr(orthogonal, "_widens_bf16", lambda widens=widens: widens)
+        results.append(orthogonalize(stack, method=method, steps=5, dtype=torch.bfloat16).float())
+    assert torch.equal(results[0], results[0].bfloat16().float())
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=4e-2)  # a few roundings of numbers near 1
+
+
+def test_matrices_of_one_shape_go_together_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def spy(stack: torch.Tensor, **settings: Any) -> torch.Tensor:
+        sizes.append(len(stack))
+        return orthogonalize(stack, **settings)
+
+    monkeypatch.setattr(muon, "orthogonalize", spy)
+    monkeypatch.setattr(muon, "STACK_NUMEL", 3 * 4 * 6)
+    weights = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(7)] + [torch.nn.Parameter(torch.randn(6, 4))]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    alone = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    Muon(weights, lr=0.1).step()
+    assert sizes == [3, 3, 1, 1]
+    for one, weight in zip(alone, weights, strict=True):
+        one.grad = weight.grad
+        Muon([one], lr=0.1).step()
+        assert torch.equal(one, weight)
 
 
 def test_a_zero_gradient_moves_nothing_but_decays() -> None:
