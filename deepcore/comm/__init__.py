@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,13 +78,13 @@ def all_reduce(
     tensor: Tensor, op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """Reduce ``tensor`` in place over the ranks."""
-    issue = lambda: dist.all_reduce(tensor, op=op, group=group, async_op=True)  # noqa: E731
+    issue = partial(dist.all_reduce, tensor, op=op, group=group, async_op=True)
     return _issue("all_reduce", tensor, group, async_op, issue)
 
 
 def broadcast(tensor: Tensor, src: int, group: ProcessGroup | None = None, async_op: bool = False) -> Any:
     """Copy ``tensor`` from global rank ``src`` into every rank's ``tensor``."""
-    issue = lambda: dist.broadcast(tensor, src, group=group, async_op=True)  # noqa: E731
+    issue = partial(dist.broadcast, tensor, src, group=group, async_op=True)
     return _issue(f"broadcast from rank {src}", tensor, group, async_op, issue)
 
 
@@ -91,7 +92,7 @@ def all_gather(
     tensor_list: list[Tensor], tensor: Tensor, group: ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """Fill ``tensor_list`` with every rank's ``tensor``."""
-    issue = lambda: dist.all_gather(tensor_list, tensor, group=group, async_op=True)  # noqa: E731
+    issue = partial(dist.all_gather, tensor_list, tensor, group=group, async_op=True)
     return _issue("all_gather", tensor, group, async_op, issue)
 
 
@@ -99,7 +100,7 @@ def all_gather_into_tensor(
     output_tensor: Tensor, tensor: Tensor, group: ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """Concatenate every rank's ``tensor`` into ``output_tensor``."""
-    issue = lambda: collectives.torch_all_gather(output_tensor, tensor, group=group, async_op=True)  # noqa: E731
+    issue = partial(collectives.torch_all_gather, output_tensor, tensor, group=group, async_op=True)
     return _issue("all_gather_into_tensor", tensor, group, async_op, issue)
 
 
@@ -107,7 +108,7 @@ def reduce_scatter_tensor(
     output: Tensor, tensor: Tensor, op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """Reduce ``tensor`` over the ranks and leave this rank's part in ``output``."""
-    issue = lambda: collectives.torch_reduce_scatter(output, tensor, op=op, group=group, async_op=True)  # noqa: E731
+    issue = partial(collectives.torch_reduce_scatter, output, tensor, op=op, group=group, async_op=True)
     return _issue("reduce_scatter_tensor", tensor, group, async_op, issue)
 
 
@@ -140,7 +141,7 @@ def broadcast_object_list(
     name = f"broadcast_object_list from rank {src}"
 
     def send(what: str, tensor: Tensor) -> None:
-        issue = lambda: dist.broadcast(tensor, src, group=group, async_op=True)  # noqa: E731
+        issue = partial(dist.broadcast, tensor, src, group=group, async_op=True)
         _issue(name, tensor, group, False, issue, what=what, uneven=True)
 
     objects.broadcast(object_list, is_source=dist.get_rank() == src, device=device or _device(group), send=send)
@@ -151,7 +152,7 @@ def all_gather_object(object_list: list[Any], obj: Any, group: ProcessGroup | No
     _require()
 
     def collect(what: str, output: Tensor, tensor: Tensor) -> None:
-        issue = lambda: collectives.torch_all_gather(output, tensor, group=group, async_op=True)  # noqa: E731
+        issue = partial(collectives.torch_all_gather, output, tensor, group=group, async_op=True)
         _issue("all_gather_object", tensor, group, False, issue, what=what)
 
     objects.gather(object_list, obj, size=dist.get_world_size(group), device=_device(group), collect=collect)
