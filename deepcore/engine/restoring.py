@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deepcore.base import collector
 from deepcore.base.log import logger
 from deepcore.checkpoint import checkpointer
 from deepcore.checkpoint import folder as folders
@@ -52,6 +53,7 @@ class LoadOptions:
     custom: Callable[[Mapping[str, Any], torch.nn.Module], Any] | None
 
 
+@collector.paused()
 @torch.no_grad()
 def load(
     engine: Persistent, load_dir: str | Path, tag: str | None, options: LoadOptions

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepcore import __version__
+from deepcore.base import collector
 from deepcore.base.log import logger, warn_once
 from deepcore.checkpoint import checkpointer
 from deepcore.checkpoint.checkpointer import Content, SaveOptions
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from deepcore.engine.persistence import Persistent
 
 
+@collector.paused()
 @torch.no_grad()
 def save(
     engine: Persistent,
