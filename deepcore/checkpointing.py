@@ -39,7 +39,7 @@ class _State:
 
 _state = _State()
 _INSTEAD = {
-    "partition_activations": "it cuts activations over tensor-parallel ranks, and all ranks are data-parallel today",
+    "partition_activations": "every tensor-parallel rank keeps the inputs of checkpoints",
     "contiguous_memory_optimization": "torch's allocator serves checkpoints from its own pools",
     "profile": "use torch.profiler",
 }
@@ -145,19 +145,19 @@ def _synchronize(settings: ActivationCheckpointing) -> None:
 
 
 def get_cuda_rng_tracker() -> Any:
-    """Not there: it serves tensor parallelism. ``checkpoint`` keeps random states by itself."""
+    """Not there: cut layers draw their own numbers by themselves, and ``checkpoint`` keeps random states."""
     raise _tensor_parallel("get_cuda_rng_tracker")
 
 
 def model_parallel_cuda_manual_seed(seed: int) -> None:
-    """Not there: it serves tensor parallelism."""
+    """Not there: cut layers draw their own numbers by themselves."""
     raise _tensor_parallel("model_parallel_cuda_manual_seed")
 
 
 def _tensor_parallel(name: str) -> ConfigError:
     return ConfigError(
-        f"deepcore.checkpointing.{name} is not available yet",
-        got="a call; it gives tensor-parallel ranks different random numbers",
-        expected="data-parallel ranks only",
+        f"deepcore.checkpointing.{name} is not there: it is not needed",
+        got="a call; it would give tensor-parallel ranks different random numbers",
+        expected="layers cut by tensor_parallel.autotp_size, whose dropout differs over ranks where it has to",
         do="seed with torch.manual_seed(); checkpoint() keeps random states under recomputation by itself",
     )

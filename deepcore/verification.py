@@ -61,7 +61,7 @@ def verify(
     accumulation = engine.gradient_accumulation_steps()
     for step in range(steps):
         for micro in range(accumulation):
-            engine.backward(loss_of(engine, batch_fn(step, engine.global_rank, micro)))
+            engine.backward(loss_of(engine, batch_fn(step, engine.mesh.dp.rank, micro)))
             engine.step()
         ranks = range(engine.dp_world_size)
         reference.step([[batch_fn(step, rank, micro) for micro in range(accumulation)] for rank in ranks])

@@ -73,7 +73,7 @@ UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt("tensor_parallel.injection_policy_tuple", _set, "name them in partition_config, as partition_type row"),
     Unbuilt("tensor_parallel.replace_with_kernel_inject", _on, _REMOVE),
     Unbuilt("hybrid_engine.enable_cuda_graph", _on, _REMOVE, when="hybrid_engine.enabled"),
-    Unbuilt("activation_checkpointing.partition_activations", _on, "all ranks are data-parallel today"),
+    Unbuilt("activation_checkpointing.partition_activations", _on, _REMOVE),
     Unbuilt("activation_checkpointing.contiguous_memory_optimization", _on, _REMOVE),
     Unbuilt("activation_checkpointing.profile", _on, _REMOVE),
     Unbuilt("checkpoint.load_universal", _on, _REMOVE),

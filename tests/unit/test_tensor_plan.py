@@ -207,3 +207,56 @@ def test_a_block_keeps_its_names_when_it_is_cut() -> None:
     block = Block(2, 0.0, gated=True)
     unbind_layer(block.mlp.both)  # nothing to undo
     assert type(block.mlp.both) is nn.Linear
+
+
+class Fused(nn.Module):
+    """Query, key and value in one layer, one after the other or head by head, and perhaps more weights."""
+
+    def __init__(self, extra: nn.Module | None = None) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 4, nn.Linear(16, 48), nn.Linear(16, 16)
+        self.extra = extra or nn.Identity()
+
+
+class Chunked(Fused):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, _, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(self.extra(q.unflatten(-1, (-1, 4))).flatten(-2) * v)
+
+
+class Stacked(Fused):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x)
+        q, _, v = qkv.reshape(x.shape[0], x.shape[1], 3, self.num_heads, 4).unbind(2)
+        return self.proj((q * v).flatten(-2))
+
+
+class ByHead(Fused):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self.qkv(x).view(x.shape[0], x.shape[1], self.num_heads, 12)
+        q, _, v = mixed.chunk(3, dim=-1)
+        return self.proj((q * v).flatten(-2))
+
+
+def with_mlp(attention: nn.Module) -> nn.Module:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    return nn.ModuleDict({"mlp": model, "attention": attention})
+
+
+@pytest.mark.parametrize("kind", [Chunked, Stacked, ByHead])
+def test_a_fused_layer_is_cut_where_its_order_can_be_seen(kind: type[Fused]) -> None:
+    plan = tensor.plan(with_mlp(kind()), 2)
+    cut = {layer.name for layer in plan.layers}
+    if kind is ByHead:
+        assert cut == {"mlp.0", "mlp.2"}
+        assert "order of query, key and value" in plan.left["attention.qkv"]
+    else:
+        assert cut == {"mlp.0", "mlp.2", "attention.qkv", "attention.proj"}
+
+
+def test_other_weights_of_an_attention_are_summed_or_keep_it_whole() -> None:
+    assert styles(with_mlp(Chunked(nn.LayerNorm(4))), 2)["attention.extra"] == "summed"
+    for odd in (nn.LayerNorm(16), nn.PReLU()):
+        plan = tensor.plan(with_mlp(Chunked(odd)), 2)
+        assert {layer.name for layer in plan.layers} == {"mlp.0", "mlp.2"}
+        assert "other weights" in plan.left["attention.qkv"]

@@ -85,6 +85,12 @@ def heads_of(module: nn.Module, query_width: int, key_width: int) -> Heads | Non
     return Heads(queries, keys, width)
 
 
+def head_width(module: nn.Module, query_width: int) -> int:
+    """The width of a head, where the attention or its config says how many there are; else 0."""
+    heads = _number([module, getattr(module, "config", None)], _QUERY_HEADS)
+    return query_width // heads if heads and query_width % heads == 0 else 0
+
+
 def _number(places: Sequence[Any], names: Sequence[str]) -> int | None:
     for place in places:
         for name in names:

@@ -15,7 +15,7 @@ from torch import nn
 
 from deepcore.parallel.tensor.chains import Pair, pairs_in
 from deepcore.parallel.tensor.draft import Demand, Draft, Proposal, is_embedding, is_linear, widths
-from deepcore.parallel.tensor.heads import Attention, find_attention, settle_attention
+from deepcore.parallel.tensor.heads import Attention, find_attention, head_width, settle_attention
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LARGEST_TRACE = 12  # linear layers: no block of a model has more, and a model is not to be traced as a whole
@@ -77,12 +77,53 @@ def _attentions(draft: Draft, free: set[str]) -> None:
         if not _fits(draft, attention):
             _leave(draft, [*parts, attention.output], "the widths of its layers are not those of an attention")
             continue
+        if attention.fused and not _is_in_blocks(draft, attention):
+            _leave(draft, [*parts, attention.output], "the order of query, key and value in its layer cannot be seen")
+            continue
         segments = _fused_segments(draft, attention)
         for name in parts:
             draft.proposals[name] = Proposal("column", segments)
         draft.proposals[attention.output] = Proposal("row")
-        if not settle_attention(draft, attention, follow_widths=True):
+        odd = _other_weights(draft, attention, parts)
+        if odd is None:
+            _leave(draft, [*parts, attention.output], "it has other weights, which might be used on cut heads")
+        elif not settle_attention(draft, attention, follow_widths=True):
             _leave(draft, [*parts, attention.output], _UNKNOWN_HEADS)
+        else:
+            draft.proposals.update({name: Proposal("summed") for name in odd})
+
+
+def _other_weights(draft: Draft, attention: Attention, parts: list[str]) -> list[str] | None:
+    """Modules inside of an attention that work on single heads, such as norms; None where there is any other weight."""
+    owner = attention.owner
+    width = head_width(draft.modules[owner], widths(draft.modules[attention.output])[0])
+    found = []
+    for name, module in draft.modules.items():
+        inside = name == owner or name.startswith(f"{owner}.")
+        if not inside or name in parts or name == attention.output:
+            continue
+        params = list(module.parameters(recurse=False))
+        if not params:
+            continue
+        if name == owner or not width or any(tuple(param.shape) != (width,) for param in params):
+            return None
+        found.append(name)
+    return found
+
+
+def _is_in_blocks(draft: Draft, attention: Attention) -> bool:
+    """Whether the attention's code takes the output of its fused layer apart into query, key and value, as it comes.
+
+    An output that is reshaped first may have them beside each other for every head.
+    """
+    layer = rf"self\.{attention.fused.rpartition('.')[2]}\([^()]*\)"
+    kind: Any = type(draft.modules[attention.owner])
+    code = "\n".join(_sources(kind) or ())
+    names = re.findall(rf"(\w+)\s*=\s*{layer}\s*$", code, flags=re.MULTILINE)
+    apart = r"\.(split|chunk)\(|\.(view|reshape)\(.*[,(]\s*3\s*,\s*self\.\w*heads?\b"
+    if re.search(rf"{layer}\s*({apart})", code):
+        return True
+    return any(re.search(rf"\b{n}({apart})|torch\.(split|chunk)\({n}\b", code) for n in names)
 
 
 def _with_output(draft: Draft, found: Attention, free: set[str]) -> Attention:
@@ -160,7 +201,8 @@ def _pairs_by_name(module: nn.Module) -> Iterator[Pair]:
         members = {*columns, row}
         others = [p for n, p in module.named_parameters() if n.rpartition(".")[0] not in members]
         alike = all(widths(linear[name]) == (outputs, width) for name in columns)
-        if alike and width != outputs and not any(width in param.shape for param in others):
+        spread = any(width in param.shape or param.numel() == 1 for param in others)  # such as PReLU's slope
+        if alike and width != outputs and not spread:
             yield Pair(columns, row, frozenset())
 
 
