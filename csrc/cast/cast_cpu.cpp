@@ -41,25 +41,34 @@ void round_to_nearest_from(const CastArgs& args, int64_t begin, int64_t end) {
     if (args.out_dtype == DType::f16) round_to_nearest<From, f16>(args, begin, end);
 }
 
-constexpr int64_t kBlocksTogether =
-    64;  // blocks whose random bits are made side by side, for the compiler to vectorise
+// Blocks whose random bits are made side by side. Loops of constant length over arrays of one word each: these the
+// compiler turns into vectors.
+constexpr int64_t kBlocksTogether = 64;
+constexpr int64_t kRandomTile = kCastBlock * kBlocksTogether;
+
+// The 16 bits of each element of a tile.
+void draw(uint64_t block, uint64_t key, uint16_t (&random)[kRandomTile]) {
+    uint32_t a[kBlocksTogether], b[kBlocksTogether], c[kBlocksTogether], d[kBlocksTogether], words[4 * kBlocksTogether];
+    for (int64_t k = 0; k < kBlocksTogether; ++k) philox(block + static_cast<uint64_t>(k), key, a[k], b[k], c[k], d[k]);
+    for (int64_t k = 0; k < kBlocksTogether; ++k)
+        words[4 * k] = a[k], words[4 * k + 1] = b[k], words[4 * k + 2] = c[k], words[4 * k + 3] = d[k];
+    memcpy(random, words, sizeof random);  // their low halves come first
+}
+
+void round_tile(const float* from, uint16_t* to, const uint16_t (&random)[kRandomTile]) {
+    for (int64_t k = 0; k < kRandomTile; ++k) to[k] = round_to_bfloat(bits_of(from[k]), random[k]);
+}
 
 void round_at_random(const CastArgs& args, int64_t begin, int64_t end) {
-    const uint64_t key = static_cast<uint64_t>(*args.seed);
     const float* const from = static_cast<const float*>(args.source);
     uint16_t* const to = static_cast<uint16_t*>(args.out);
-    uint32_t words[4 * kBlocksTogether];
-    for (int64_t i = begin; i < end; i += kCastBlock * kBlocksTogether) {
-        const uint64_t block = static_cast<uint64_t>(i / kCastBlock);
-        for (int64_t k = 0; k < kBlocksTogether; ++k) {
-            uint32_t a, b, c, d;
-            philox(block + static_cast<uint64_t>(k), key, a, b, c, d);
-            words[4 * k] = a, words[4 * k + 1] = b, words[4 * k + 2] = c, words[4 * k + 3] = d;
-        }
-        const int64_t numel = i + kCastBlock * kBlocksTogether < end ? kCastBlock * kBlocksTogether : end - i;
-        for (int64_t k = 0; k < numel; ++k) {
-            const uint32_t random = (words[k / 2] >> (k % 2 * 16)) & 0xffffu;
-            to[i + k] = round_to_bfloat(bits_of(from[i + k]), random);
+    uint16_t random[kRandomTile];
+    for (int64_t i = begin; i < end; i += kRandomTile) {
+        draw(static_cast<uint64_t>(i / kCastBlock), static_cast<uint64_t>(*args.seed), random);
+        if (i + kRandomTile <= end) {
+            round_tile(from + i, to + i, random);
+        } else {
+            for (int64_t k = 0; k < end - i; ++k) to[i + k] = round_to_bfloat(bits_of(from[i + k]), random[k]);
         }
     }
 }
