@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 
 
+def only_nightly(cases: Iterable[Any]) -> list[Any]:
+    """Parameters (case, hostile), both of each case nightly."""
+    rows = ((case, hostile) for case in cases for hostile in (False, True))
+    return [pytest.param(*row, id=f"{row[0]}{' hostile' if row[1] else ''}", marks=pytest.mark.nightly) for row in rows]
+
+
 def in_turns(cases: Iterable[Any]) -> list[Any]:
     """Parameters (case, hostile): of the two of each case, one is nightly, alternately the one and the other."""
     rows = []

@@ -14,7 +14,7 @@ from deepcore.errors import UsageError
 from deepcore.pipe import PipelineModule
 from tests.dist.pool import run_ranks
 from tests.parity.reference import worst_difference
-from tests.parity.selection import in_turns
+from tests.parity.selection import in_turns, only_nightly
 from tests.parity.stages import SEED, Pipe, Row, batch, specs
 
 
@@ -89,12 +89,14 @@ def alone(case: Pipe) -> dict[str, Any]:
 CASES = [
     Pipe(2, stage=1, steps=3),
     Pipe(2, 2, micro=2, stage=2, steps=3, schedule="zbv"),
+]
+MORE = [
     Pipe(2, schedule="interleaved", steps=3, fp16=True),
     Pipe(1, 2, micro=3, steps=3, extra={"deterministic": True}),
 ]
 
 
-@pytest.mark.parametrize(("case", "hostile"), in_turns(CASES))
+@pytest.mark.parametrize(("case", "hostile"), [*in_turns(CASES), *only_nightly(MORE)])
 def test_every_token_of_a_step_counts_alike(case: Pipe, hostile: bool) -> None:
     expected = alone(case)
     limit = 1e-3 if case.fp16 else 1e-6
