@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,12 @@ def pytest_configure() -> None:
     for name in list(os.environ):
         if name in ("RANK", "WORLD_SIZE") or name.startswith(("LOCAL_", "MASTER_", "OMPI_", "SLURM_", "TORCHELASTIC_")):
             del os.environ[name]
+    if importlib.util.find_spec("hypothesis"):  # not there where only the CUDA tests run
+        from hypothesis import HealthCheck, settings
+
+        # How fast a machine makes examples says nothing of the code: a busy one failed.
+        settings.register_profile("deepcore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("deepcore")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
