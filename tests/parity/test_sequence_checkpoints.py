@@ -90,7 +90,8 @@ def check(source: Layout, target: Layout, before: list[dict[str, Any]], after: l
     for part in after:
         assert part["state"].keys() == before[0]["state"].keys()
         assert all(torch.equal(value, before[0]["state"][name]) for name, value in part["state"].items())
-    tolerance = 0.0 if source[1:3] == target[1:3] else 1e-6
+    # Bits only at the same stage: with accumulation, stage 2 adds reduced gradients where stage 1 reduces their sum.
+    tolerance = 0.0 if source[:3] == target[:3] else 1e-6
     assert merged(after) == pytest.approx(merged(before), rel=tolerance, abs=0.0)
 
 
