@@ -17,7 +17,7 @@ from tests.parity.selection import in_turns
 from tests.parity.speaker import batch, build
 
 STEPS = 10
-LIMIT = 1e-5
+LIMIT = 1e-5  # AdamW scales rounding in gradients near zero up to a step: eps keeps that below
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Case:
                 "reduce_bucket_size": 900,
                 "stage3_param_persistence_threshold": 30,
             },
-            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}},
+            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}},
         }
 
 
@@ -99,7 +99,7 @@ def reference(case: Case) -> dict[str, Any]:
     """One process: the mean over the data ranks, in plain PyTorch but for the optimizer, whose step is given grads."""
     model = build(100, case.keys)
     trainable = [param for param in model.parameters() if param.requires_grad]
-    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}
+    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}
     kind = {"AdamW": FusedAdam, "Lamb": deepcore.optim.FusedLamb}[case.optimizer]
     optimizer = kind(trainable, **options)
     norms, losses = [], []
