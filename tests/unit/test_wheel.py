@@ -96,7 +96,10 @@ def test_a_wheel_that_cannot_be_as_asked_is_refused(tmp_path: Path, asked: str, 
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("stems", [{"flatten", "grad_stats"}, pytest.param(None, marks=pytest.mark.nightly)], ids=str)
+@pytest.mark.parametrize(
+    "stems",
+    [pytest.param({"flatten", "grad_stats"}, id="two stems"), pytest.param(None, id="all", marks=pytest.mark.nightly)],
+)
 def test_an_installed_wheel_serves_prebuilt_ops_where_no_compiler_is(tmp_path: Path, stems: set[str] | None) -> None:
     left_out = {name for name in spec.stems(REPO / "csrc") if stems and name not in stems}
     wheel, said = make_wheel(tmp_path, left_out, DEEPCORE_WHEEL="cpu")
