@@ -81,16 +81,20 @@ define install
 	fi
 	@touch $@
 endef
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt
+# Python compiles what it imports; most of what these packages hold is never imported.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c $(VENV)/constraints.txt
 
+# Each holds what the ones above it do, so that a fresh clone needs one of them only.
 $(VENV)/train.stamp: $(SPEC) $(VENV)/torch.stamp
 	$(call install,jit$(,)examples)
 
-$(VENV)/test.stamp: $(VENV)/train.stamp
+$(VENV)/test.stamp: $(SPEC) $(VENV)/torch.stamp
 	$(call install,jit$(,)examples$(,)test$(,)models)
+	@touch $(VENV)/train.stamp
 
-$(VENV)/lint.stamp: $(VENV)/test.stamp
+$(VENV)/lint.stamp: $(SPEC) $(VENV)/torch.stamp
 	$(call install,jit$(,)examples$(,)test$(,)models$(,)lint)
+	@touch $(VENV)/train.stamp $(VENV)/test.stamp
 
 , := ,
 

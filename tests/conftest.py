@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,19 @@ def ranks() -> Callable[..., list[Any]]:
 def hostile(request: pytest.FixtureRequest) -> bool:
     """False, then True: pass it to ``ranks`` and the test also runs under the hostile double of the collectives."""
     return bool(request.param)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What deepcore's logger says during a test: by a handler of its own, as it does not propagate."""
+    from deepcore.base.log import logger
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger().addHandler(handler)
+    yield lines
+    logger().removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

@@ -115,18 +115,7 @@ def test_an_import_is_timed_in_a_process_of_its_own() -> None:
 
 
 def test_every_subject_is_covered_here() -> None:
-    # "tensor" runs in tests/dist/test_tensor_example.py,
+    # "tensor" runs in tests/dist/test_tensor_example.py, "build" in the tests of the build,
     # "generate" in tests/dist/test_hybrid_transformers.py, whose ranks have imported transformers already
-    others = {
-        "checkpoint",
-        "pipeline",
-        "step",
-        "memory",
-        "initialize",
-        "import",
-        "sequence",
-        "overhead",
-        "generate",
-        "tensor",
-    }
-    assert set(subjects()) == {*CASES, *others, "tensor"}
+    ranks = {"checkpoint", "pipeline", "step", "memory", "initialize", "import", "sequence", "overhead"}
+    assert set(subjects()) == {*CASES, *ranks, "generate", "tensor", "build"}

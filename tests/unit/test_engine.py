@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import deepcore
-from deepcore.base.log import logger
 from deepcore.errors import UsageError
 from deepcore.optim import FusedAdam
 
@@ -190,17 +187,6 @@ def test_an_unused_parameter_is_left_alone_and_its_steps_do_not_count() -> None:
     torch.testing.assert_close(list(model.parameters()), list(reference.parameters()), rtol=1e-5, atol=1e-6)
     steps = [engine.optimizer.state[param]["step"].item() for param in model.parameters()]
     assert steps == [4, 4, 2, 2]
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What deepcore's logger says during a test."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger().addHandler(handler)
-    yield lines
-    logger().removeHandler(handler)
 
 
 def test_a_nan_skips_everything_and_names_the_parameter(said: list[str]) -> None:
