@@ -122,6 +122,7 @@ def test_sigterm_saves_and_another_number_of_ranks_goes_on(tmp_path: Path) -> No
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.nightly
 def test_sigterm_without_a_folder_says_so_and_ends(tmp_path: Path) -> None:
     code, err = terminate(launch(tmp_path, 2, [], ["100000", "0.01"]), tmp_path)
     assert code == 128 + signal.SIGTERM

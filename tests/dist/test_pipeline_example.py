@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 def test_the_example_learns_on_two_ranks(tmp_path: Path) -> None:
     script = REPO / "examples" / "pipeline" / "train.py"
-    command = [sys.executable, "-m", "deepcore", "run", "--nproc", "2", str(script), "--steps", "25"]
+    command = [sys.executable, "-m", "deepcore", "run", "--nproc", "2", str(script), "--steps", "10"]
     environment = {"PYTHONPATH": str(REPO), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False

@@ -127,6 +127,7 @@ def test_training_is_as_without_generation(case: Case, hostile: bool) -> None:
     check(run_ranks(case.world, train, case, True, hostile=hostile), without)
 
 
+@pytest.mark.nightly
 def test_offloaded_shards_generate_too() -> None:
     """A host memory that counts as another: shards come from there for the phase, and go."""
     case = Case(world=2, stage=3, bf16=True, accumulation=2, steps=4)

@@ -145,7 +145,7 @@ FULL = [
     Case(stage, dp, tp, accumulation=1 + (stage + tp + dp) % 2, clip=0.3 if (stage + dp) % 2 else 0.0)
     for stage, (dp, tp) in itertools.product(range(4), [(1, 2), (2, 2), (1, 4), (1, 3)])
 ]
-EVERY_TIME = {(0, 1, 2), (1, 2, 2), (2, 1, 4), (3, 1, 3), (3, 2, 2)}
+EVERY_TIME = {(0, 1, 2), (2, 1, 3), (3, 2, 2)}
 ROWS = in_turns(case for case in FULL if (case.stage, case.dp, case.tp) in EVERY_TIME) + [
     pytest.param(case, hostile, id=f"{case}{' hostile' if hostile else ''}", marks=pytest.mark.nightly)
     for case in FULL

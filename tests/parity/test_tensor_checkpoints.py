@@ -117,7 +117,7 @@ ROWS = [
     (Layout(0, 1, 4, "Lamb"), Layout(1, 1, 2, "Lamb")),
     (Layout(3, 1, 2, dropout=0.3), Layout(3, 1, 2, dropout=0.3)),
 ]
-EVERY_TIME = {0, 1, 4, 6}
+EVERY_TIME = {0, 4}
 
 
 @pytest.mark.parametrize(
