@@ -45,14 +45,15 @@ def _extension(job: build.Job) -> float:
     from torch.utils import cpp_extension
 
     assert job.cxx is not None
+    compiler = job.cxx.command
     include = [word for path in (*cpp_extension.include_paths("cpu"), *_python()) for word in ("-isystem", path)]
 
     def compile_it(folder: Path) -> str:
         source = folder / "empty.cpp"
         source.write_text("#include <torch/extension.h>\n")
-        line = (*job.cxx.command, "-O2", "-std=c++20", "-fPIC", *include, "-c", str(source), "-o", "empty.o")  # type: ignore[union-attr]
+        line = (*compiler, "-O2", "-std=c++20", "-fPIC", *include, "-c", str(source), "-o", "empty.o")
         step = runner.Step("empty.o", (str(source),), line)
-        link = (*job.cxx.command, "-shared", "-o", "empty.so", "empty.o")  # type: ignore[union-attr]
+        link = (*compiler, "-shared", "-o", "empty.so", "empty.o")
         return runner.run([step], runner.Step("empty.so", ("empty.o",), link), folder, folder / "log", None, job.limit)
 
     return _in_new_folder(compile_it)
