@@ -125,16 +125,16 @@ def build_parts(
     )
     strategy = _make_strategy(model, grouping, axis, settings)
     groups = [*strategy.arena.groups, *grouping.frozen]
-    cuts = {} if shards is None else shards.cuts
+    cut: dict[str, Any] = {} if shards is None else {"cuts": shards.cuts, "cut_axis": shards.axis}
     if optimizer is None:
-        return Parts(strategy, None, clock, casts, None, Holdings(strategy, axis, groups, None, cuts=cuts), shards)
+        return Parts(strategy, None, clock, casts, None, Holdings(strategy, axis, groups, None, **cut), shards)
     step = StepSettings(settings.gradient_clipping, _num_replicas(mesh, settings), _checks_finite(settings))
     scaler, thaws = LossScaler(scaler_from(settings), world.device), LateThaws(model, grouping.held)
     core = TrainCore(strategy, optimizer, scaler, clock, step, thaws, TokenCount(axis))
     core.on_death = mesh.note_dead
     if shards is not None:
         _agree_on_parts(core, shards)
-    holdings = Holdings(strategy, axis, groups, optimizer, lambda: core.unscale, cuts=cuts)
+    holdings = Holdings(strategy, axis, groups, optimizer, lambda: core.unscale, **cut)
     return Parts(strategy, core, clock, casts, base, holdings, shards)
 
 

@@ -1,6 +1,6 @@
 """Owns the arithmetic of a tensor that is cut over ranks along one dim: which indices each of them has.
 
-Knows nothing of axes, layers or flat buffers: a cut says what a rank's tensor is a part of.
+Knows nothing of layers or flat buffers: a cut says what a rank's tensor is a part of.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+
+from deepcore.comm.mesh import Axis
 
 Range = tuple[int, int]  # begin, count
 
@@ -74,3 +76,11 @@ class Cut:
         for begin, count in self.ranges:
             whole.narrow(self.dim, begin, count).copy_(part.narrow(self.dim, done, count))
             done += count
+
+
+def gathered(part: torch.Tensor, cut: Cut, axis: Axis) -> torch.Tensor:
+    """The whole of what each rank of ``axis`` has a part of, in new memory on its device. Collective."""
+    source = part.detach().to(axis.device).contiguous()
+    parts = source.new_empty(axis.size, *source.shape)
+    axis.all_gather_into(parts, source, what="parts of a cut tensor").wait()
+    return cut.join(list(parts.unbind()))

@@ -3,8 +3,9 @@
 Knows nothing of stages: it asks the strategy what the window holds and assembles parts.
 
 What is said here holds at every stage and precision. Functions on whole tensors are collective: every rank of the
-engine calls them, in one order, with the same values where they write. What is returned is a copy. A parameter that
-belongs to no live engine, or a value of another shape, is a UsageError.
+engine calls them, in one order, with the same values where they write; of a pipeline, every rank that holds the layer.
+They are of whole tensors where ranks share a layer, too; "local" is of what this rank's shards hold of its part. What
+is returned is a copy. A parameter that belongs to no live engine, or a value of another shape, is a UsageError.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from deepcore.errors import UsageError
 from deepcore.zero import holdings
 from deepcore.zero.gather import in_memory_order, in_shape, keep_weights
 from deepcore.zero.locate import (
-    form,
     gradient_part,
     in_fp32,
     inverse_scale,
+    joined,
+    mine_of,
+    on_any_part,
     require_gradient,
     require_local,
     require_shape,
     run,
     store_weights,
     weights_part,
+    whole_form,
 )
 from deepcore.zero.parts import assemble
 
@@ -45,15 +49,16 @@ def safe_get_full_fp32_param(param: torch.nn.Parameter) -> Tensor:
     held = holdings.require(param)
     held.holdings.strategy.watch.absorb()
     if held.group is None:
-        return param.detach().to(torch.float32, copy=True)
-    return in_fp32(held, weights_part(held))
+        return joined(held, param.detach().to(torch.float32, copy=True))
+    return joined(held, in_fp32(held, weights_part(held)))
 
 
 @torch.no_grad()
 def safe_set_full_fp32_param(param: torch.nn.Parameter, value: Tensor) -> None:
     """Write ``value`` into masters, shards and the low-precision weights of all ranks, each of which calls this."""
     held = holdings.require(param)
-    require_shape(held, value, form(held))
+    require_shape(held, value, whole_form(held))
+    value = mine_of(held, value)
     if held.group is None:
         param.data.copy_(value)
         return
@@ -115,7 +120,8 @@ def safe_get_full_grad(param: torch.nn.Parameter) -> Tensor | None:
     if held.number is None:
         return None
     window = strategy.window_gradient(held.number, held.index)
-    if not axis.vote(window.used, what=f"whether '{held.name}' has a gradient"):
+    question = f"whether '{held.name}' has a gradient"
+    if not on_any_part(held, axis.vote(window.used, what=question), question):
         return None
     flat = torch.zeros(held.slot.numel, device=axis.device)
     if window.reduced:
@@ -126,7 +132,7 @@ def safe_get_full_grad(param: torch.nn.Parameter) -> Tensor | None:
         local = torch.zeros_like(flat) if window.local is None else window.local.to(torch.float32, copy=True)
         axis.all_reduce(local, op="sum", what=held.name).wait()
         flat += local.div_(window.divisor)
-    return in_shape(flat.mul_(inverse_scale(held)), held)
+    return joined(held, in_shape(flat.mul_(inverse_scale(held)), held))
 
 
 @torch.no_grad()
@@ -136,7 +142,8 @@ def safe_set_full_grad(param: torch.nn.Parameter, value: Tensor) -> None:
     What is unreduced is reduced first. UsageError without a backward since the last step.
     """
     held = holdings.require(param)
-    require_shape(held, value, form(held))
+    require_shape(held, value, whole_form(held))
+    value = mine_of(held, value)
     number = require_gradient(held)
     held.holdings.strategy.make_boundary()
     part = gradient_part(held)

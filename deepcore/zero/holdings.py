@@ -32,6 +32,7 @@ class Holdings:
         optimizer: None in an engine that only evaluates.
         unscale: what turns reduced gradients into those of the user's loss, at this moment.
         cuts: of parameters that are parts of larger tensors, over ranks that are not on ``axis``.
+        cut_axis: the ranks with the other parts; None where there are no cuts.
         away: raises, given what is wanted, while states are not where they belong; None while they are.
         open: names of parameters that a ``GatheredParameters`` holds at the moment.
     """
@@ -42,6 +43,7 @@ class Holdings:
     optimizer: EngineOptimizer | None
     unscale: Callable[[], torch.Tensor | float] = lambda: 1.0
     cuts: Mapping[torch.Tensor, Cut] = field(default_factory=dict)
+    cut_axis: Axis | None = None
 
     def __post_init__(self) -> None:
         self.open: set[str] = set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from deepcore.errors import UsageError
+from deepcore.sharding.cuts import gathered
 from deepcore.sharding.sharded_group import ShardedGroup
 from deepcore.zero.gather import in_shape
 from deepcore.zero.holdings import Held
@@ -17,7 +18,30 @@ Tensor = torch.Tensor
 
 
 def form(held: Held) -> tuple[int, ...]:
+    """The shape of what this rank's shards are of: a part's, where the parameter is cut."""
     return tuple(held.param.shape) if held.group is None else held.slot.shape
+
+
+def whole_form(held: Held) -> tuple[int, ...]:
+    """The shape that the parameter has for a user."""
+    return form(held) if held.cut is None else held.cut.shape
+
+
+def joined(held: Held, part: Tensor) -> Tensor:
+    """The whole of what is a part where the parameter is cut. Collective then."""
+    axis = held.holdings.cut_axis
+    return part if held.cut is None or axis is None else gathered(part, held.cut, axis)
+
+
+def mine_of(held: Held, whole: Tensor) -> Tensor:
+    """Of a tensor that a user gives whole, this rank's part where the parameter is cut."""
+    return whole if held.cut is None else held.cut.take(whole)
+
+
+def on_any_part(held: Held, yes: bool, what: str) -> bool:
+    """Whether any rank that has a part of the parameter says yes. Collective where it is cut."""
+    axis = held.holdings.cut_axis
+    return yes if held.cut is None or axis is None else axis.vote(yes, what=what)
 
 
 def weights_part(held: Held) -> Part | None:

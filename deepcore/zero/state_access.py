@@ -13,7 +13,7 @@ from deepcore.errors import UsageError
 from deepcore.zero import holdings
 from deepcore.zero.gather import in_memory_order, in_shape
 from deepcore.zero.holdings import Held
-from deepcore.zero.locate import form, require_local, require_shape, run
+from deepcore.zero.locate import form, joined, mine_of, require_local, require_shape, run, whole_form
 from deepcore.zero.parts import MAX_DIMS, Part, assemble
 
 Tensor = torch.Tensor
@@ -34,7 +34,9 @@ def safe_get_full_optimizer_state(param: torch.nn.Parameter, key: str) -> Tensor
         if axis.vote(bool(keys), what=f"state of '{held.name}'"):
             raise _no_state(held, key, keys)
         return None
-    return in_shape(whole.values, held) if whole.shape == form(held) else whole.values.view(whole.shape)
+    if whole.shape != form(held):
+        return whole.values.view(whole.shape)
+    return joined(held, in_shape(whole.values, held))
 
 
 @torch.no_grad()
@@ -49,8 +51,10 @@ def safe_set_full_optimizer_state(param: torch.nn.Parameter, value: Tensor, key:
         raise _no_state(held, key, keys)
     if mine is None:
         return
-    require_shape(held, value, mine.shape)
-    flat = in_memory_order(value, held) if mine.shape == form(held) else value.reshape(-1)
+    is_of_form = mine.shape == form(held)
+    require_shape(held, value, whole_form(held) if is_of_form else mine.shape)
+    value = mine_of(held, value) if is_of_form else value
+    flat = in_memory_order(value, held) if is_of_form else value.reshape(-1)
     _write_state(held, key, mine, run(flat, mine))
 
 

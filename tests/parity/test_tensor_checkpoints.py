@@ -70,20 +70,15 @@ def run(engine: Any, first: int, last: int) -> list[float]:
 def everything(engine: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, param in engine.module.named_parameters():
-        found[name] = engine.parts.whole(param, value) if (value := fp32(param)) is not None and engine.parts else value
+        found[name] = access.safe_get_full_fp32_param(param)
         for key in ("step", "exp_avg", "exp_avg_sq", "mu_product"):
             try:
                 value = access.safe_get_full_optimizer_state(param, key)
             except deepcore.errors.UsageError:
                 continue
             if value is not None:
-                is_part = engine.parts is not None and value.ndim > 0
-                found[f"{name} {key}"] = engine.parts.whole(param, value) if is_part else value.clone()
+                found[f"{name} {key}"] = value
     return found
-
-
-def fp32(param: Any) -> torch.Tensor:
-    return access.safe_get_full_fp32_param(param).clone()
 
 
 def save(layout: Layout, folder: Path) -> dict[str, Any]:

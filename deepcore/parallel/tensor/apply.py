@@ -14,7 +14,7 @@ from torch import nn
 from deepcore.comm.mesh import Axis
 from deepcore.parallel.tensor.layers import Stretch, bind_layer, unbind_layer
 from deepcore.parallel.tensor.plan import TensorPlan
-from deepcore.sharding.cuts import Cut
+from deepcore.sharding.cuts import Cut, gathered
 
 
 class TensorShards:
@@ -64,10 +64,7 @@ class TensorShards:
 
     def whole(self, part: torch.Tensor, cut: Cut) -> torch.Tensor:
         """All ranks' parts in one, in new memory. Collective."""
-        source = part.detach().to(self.axis.device).contiguous()
-        parts = source.new_empty(self.axis.size, *source.shape)
-        self.axis.all_gather_into(parts, source, what="parts of a cut tensor").wait()
-        return cut.join(list(parts.unbind()))
+        return gathered(part, cut, self.axis)
 
     def whole_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict of parts as one of whole tensors. Collective."""
