@@ -71,9 +71,8 @@ def initialize(
     raw = resumed_config(load(config, config_params=config_params, args=args))
 
     world = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    replicas = world.size // model.num_stages if isinstance(model, PipelineModule) else None
-    wanted = with_wish(with_mesh(raw, mesh_param), model)
-    settings = parse(wanted, world_size=world.size, data_parallel_size=replicas)
+    per_stage = world.size // model.num_stages if isinstance(model, PipelineModule) else world.size
+    settings = parse(with_wish(with_mesh(raw, mesh_param), model), world_size=per_stage)
     _require_route(settings, mpu)
     ops.load(world.device.type)
 

@@ -30,8 +30,8 @@ def parse(
 
     Args:
         raw: the config as a dict, as ``load`` returns it.
-        world_size: number of ranks in the job; divided by the sequence- and tensor-parallel sizes it gives the
-            number of data-parallel ranks.
+        world_size: number of ranks in the job, or in one stage of a pipeline; divided by the sequence- and
+            tensor-parallel sizes it gives the number of data-parallel ranks.
         data_parallel_size: that number itself, where the caller knows it (a pipeline, a user's own groups).
         require_built: False lets through settings that are planned and not built yet; ``explain`` notes them.
 

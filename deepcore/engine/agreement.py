@@ -85,9 +85,18 @@ def _completed(
 class StageAgreement(Agreement):
     """That of a stage with the others of its pipeline: one small all-reduce, and one per tied group."""
 
-    def __init__(self, axis: Axis, arena: ShardArena, ties: Sequence[Tie], names: Sequence[str], first: int) -> None:
-        """``first`` is the index, in ``names``, of the arena's first parameter."""
+    def __init__(
+        self,
+        axis: Axis,
+        arena: ShardArena,
+        ties: Sequence[Tie],
+        names: Sequence[str],
+        first: int,
+        within: Agreement | None = None,
+    ) -> None:
+        """``first`` is the index, in ``names``, of the arena's first parameter; ``within`` is that of each stage."""
         self._axis, self._arena, self._ties, self._first = axis, arena, ties, first
+        self._within = within or Agreement()
         self.names = names
 
     def sum_shared(self) -> None:
@@ -96,7 +105,8 @@ class StageAgreement(Agreement):
             work.wait()
 
     def complete(self, statistics: GradientStatistics) -> GradientStatistics:
-        return _completed(statistics, self._axis, self._arena.device, self._first, self._share_use)
+        found = _completed(statistics, self._axis, self._arena.device, self._first, self._share_use)
+        return self._within.complete(found)  # all stages' names by now: those of a stage are no indices here
 
     def _share_use(self) -> None:
         """A tied parameter that any stage used is updated by all."""

@@ -15,10 +15,11 @@ from deepcore.comm.exchange import gather_bytes
 from deepcore.comm.mesh import Axis, Mesh
 from deepcore.comm.setup import World
 from deepcore.config import Settings
-from deepcore.engine.agreement import StageAgreement
+from deepcore.engine.agreement import Agreement, StageAgreement
 from deepcore.engine.assemble import bind_optimizer, build_parts
 from deepcore.engine.pipeline import PipelineEngine
 from deepcore.engine.shared_modules import SharedModules
+from deepcore.engine.tensor_stages import cut_stages
 from deepcore.errors import ConfigError
 from deepcore.parallel.pipeline.module import PipelineModule
 from deepcore.parallel.pipeline.schedules import placement_for
@@ -30,18 +31,20 @@ def build_pipeline_engine(
 ) -> tuple[PipelineEngine, torch.optim.Optimizer | None]:
     """The engine, and the base optimizer that a callable lr_scheduler receives."""
     _require_offered(settings, model.num_stages)
+    model.share_layers(settings.tensor_parallel.size)
     given = None if model_parameters is None else list(model_parameters)
     _place(model, settings)
-    mesh = Mesh.build(world, pp=model.num_stages)
+    mesh = Mesh.build(world, pp=model.num_stages, tp=settings.tensor_parallel.size)
     if client is not None or settings.optimizer is not None:
         _require_loss(model)
         _require_trainable(model, mesh.control_axis())
     shared = _tied(model, mesh)
+    shards = cut_stages(model, mesh, settings)  # before they move: no device holds all of a stage
     model.to(world.device)
-    parts = build_parts(model, client, given, world, mesh, settings, shared)
+    parts = build_parts(model, client, given, world, mesh, settings, shared, shards)
     if parts.core is not None and mesh.pp.size > 1:
         arena = parts.strategy.arena
-        parts.core.agreement = _agreement(mesh.pp, arena, shared)
+        parts.core.agreement = _agreement(mesh.pp, arena, shared, parts.core.agreement)
     engine = PipelineEngine(model, parts, world, mesh, settings)
     bind_optimizer(parts, engine.full_step, replicate=settings.zero_optimization.replicate_optimizer)
     engine.take_charge(parts.holdings)
@@ -74,18 +77,14 @@ def _require_offered(settings: Settings, num_stages: int) -> None:
                 expected='"none"',
                 do=f"remove {name}, or add pipeline stages to save memory",
             )
-    sizes = {
-        "sequence_parallel_size": settings.sequence_parallel_size,
-        "tensor_parallel.autotp_size": settings.tensor_parallel.size,
-    }
-    for key, size in sizes.items():
-        if size > 1:
-            raise ConfigError(
-                f"{key} is not offered with a pipeline yet",
-                got=str(size),
-                expected="pipeline and data parallelism",
-                do=f"remove {key}",
-            )
+    if settings.sequence_parallel_size > 1:
+        raise ConfigError(
+            "sequence_parallel_size is not offered with a pipeline",
+            got=f"{num_stages} stages x {settings.sequence_parallel_size} sequence ranks",
+            expected="pipeline, tensor and data parallelism, or sequence parallelism without a pipeline",
+            do=f'set "tensor_parallel": {{"autotp_size": {settings.sequence_parallel_size}}} in its place, or pass the '
+            "model as one torch.nn.Module and use ZeRO stage 3 with sequence_parallel_size",
+        )
 
 
 def _place(model: PipelineModule, settings: Settings) -> None:
@@ -149,8 +148,8 @@ def _tied(model: PipelineModule, mesh: Mesh) -> SharedModules:
     return SharedModules(found)
 
 
-def _agreement(axis: Axis, arena: ShardArena, shared: SharedModules) -> StageAgreement:
+def _agreement(axis: Axis, arena: ShardArena, shared: SharedModules, within: Agreement) -> StageAgreement:
     everyone = [part.decode().split("\n") for part in gather_bytes("\n".join(arena.names).encode(), axis)]
     first = sum(len(names) for names in everyone[: axis.rank])
     names = [name for names in everyone for name in names]
-    return StageAgreement(axis, arena, shared.ties(arena), names, first)
+    return StageAgreement(axis, arena, shared.ties(arena), names, first, within)

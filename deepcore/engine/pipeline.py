@@ -6,7 +6,7 @@ Knows nothing of how stages pass activations on (``parallel/pipeline``) or of ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from deepcore.engine.progress import StepPrinter
 from deepcore.engine.saving_stages import save_stages
 from deepcore.engine.step_losses import StepLosses
 from deepcore.engine.stepping import Gate
+from deepcore.engine.tensor import PartRanks, require_same_inputs
 from deepcore.errors import ConfigError, UsageError
 from deepcore.parallel.pipeline.chunk import Feed
 from deepcore.parallel.pipeline.module import PipelineModule
@@ -62,7 +63,8 @@ class PipelineEngine(Persistent):
         self._runner = PipelineRunner(
             module, mesh.pp, settings.pipeline.schedule, self._call, self._loss_of, self._around_backward
         )
-        self._gate = Gate(mesh.control_axis(), self._runner, module)
+        self.parts = None if parts.shards is None else PartRanks(parts.shards, mesh.world)
+        self._gate = Gate(mesh.control_axis(), self._runner, module, mesh.tp.size, self._require_shared)
         self._batches = MicroBatches(world.device, inputs=self.is_first_stage(), labels=self.is_last_stage())
         self._printer = StepPrinter(settings.steps_per_print, world.rank, world.device, settings.wall_clock_breakdown)
         self._seed, self._rest = 1.0, 1.0  # of this step: what losses and reduced sums are multiplied, divided by
@@ -96,6 +98,8 @@ class PipelineEngine(Persistent):
             dtype = self._runner.loss_dtype(number)
             self._seed, self._rest = split_divisor(num_micro, core.settings.num_replicas, dtype)
         self._losses, done = StepLosses(self.mesh, self.device), False
+        if self.parts is not None:
+            self.parts.begin_step()
         try:
             with self._printer.measure("forward and backward"):
                 self._runner.train(number, num_micro, feed)
@@ -232,8 +236,18 @@ class PipelineEngine(Persistent):
 
         return self._gate.open(take, num_micro, check)
 
+    def _require_shared(self, feed: Feed) -> None:
+        """That all ranks which share this rank's layers are given the same. Collective over them."""
+        require_same_inputs((feed.inputs, feed.labels), self.mesh.tp)
+
+    def _randomness(self, stage: int) -> AbstractContextManager[None]:
+        """Ranks that hold parts of a stage's layers draw alike, but between two such layers."""
+        if self.parts is None:
+            return nullcontext()
+        return self.parts.randomness_of_stage(stage, self.mesh.dp.rank, draws=self.module.training)
+
     def _call(self, stage: int, inputs: Any, seed: int | None) -> Any:
-        with self._casts.region():
+        with self._casts.region(), self._randomness(stage):
             return self.module.run(stage, self._casts.cast(inputs) if stage == 0 else inputs, seed)
 
     def _loss_of(self, output: Any, labels: Any) -> torch.Tensor:
@@ -266,8 +280,13 @@ class PipelineEngine(Persistent):
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def module_state_dict(self) -> dict[str, Any]:
-        """This rank's layers, copied, under the names that they have in the whole pipeline."""
+        """This rank's layers, whole, copied, under the names that they have in the whole pipeline.
+
+        Collective where ranks share layers.
+        """
         state = self.module.state_dict()
+        if self.parts is not None:
+            state = self.parts.shards.whole_state(state)
         return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
     def load_module_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -277,6 +296,8 @@ class PipelineEngine(Persistent):
             The missing and unexpected keys, as ``load_state_dict`` does.
         """
         mine = {name: value for name, value in state_dict.items() if not self.module.lies_elsewhere(name)}
+        if self.parts is not None:
+            mine = self.parts.shards.part_of_state(mine)
         return load_weights(self.module, self.strategy, mine, strict=strict)
 
     def save_16bit_model(
@@ -306,12 +327,15 @@ class PipelineEngine(Persistent):
         self.module.zero_grad(set_to_none=True)
 
     def _tear_down(self) -> None:
+        whole = self.core is None or self.core.is_alive
         if self._holdings is not None:
             holdings.release(self._holdings)
         if self.core is not None:
             self.core.clear()
             self.core.kill("engine.destroy() was called")
         self._runner.forget()
+        if self.parts is not None:
+            self.parts.shards.release(whole=whole)
         self.mesh.destroy()
 
     def _require_core(self, verb: str) -> TrainCore:

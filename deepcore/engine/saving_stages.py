@@ -33,7 +33,7 @@ def save_stages(engine: PipelineEngine, save_dir: str | Path, filename: str, *, 
     lists = gather_records([[name, list(v.shape), str(v.dtype)] for name, v in own.items()], axis)
     named = gather_records(aliases(engine.module), axis)
     state = own if axis.rank == 0 else {}
-    if engine.mesh.zero_axis.rank == 0:
+    if _collects(engine):
         for sender, entries in enumerate(lists[1:], 1):
             for name, shape, dtype in entries:
                 if axis.rank == sender:
@@ -47,13 +47,15 @@ def save_stages(engine: PipelineEngine, save_dir: str | Path, filename: str, *, 
 
 
 def _of_this_stage(engine: PipelineEngine, exclude_frozen: bool) -> State:
-    """What no earlier stage holds; on the first replica's rank only. Collective over the replicas."""
+    """What no earlier stage holds; on the rank that collects only. Collective over the others of the stage."""
     low = torch.float16 if engine.settings.fp16.enabled else torch.bfloat16
-    collects = engine.mesh.zero_axis.rank == 0
+    collects = _collects(engine)
     found: State = {}
     for name, param in engine.module.named_parameters():
         if engine.saves_here(name) and not (exclude_frozen and not param.requires_grad):
             value = whole_weight(param)
+            if engine.parts is not None:
+                value = engine.parts.whole(param, value)
             if collects:
                 found[name] = narrowed(value, low)
     for fragment in buffer_fragments(engine.module) if collects else ():
@@ -61,3 +63,8 @@ def _of_this_stage(engine: PipelineEngine, exclude_frozen: bool) -> State:
         if engine.saves_here(name):
             found[name] = narrowed(in_shape(fragment.values, fragment.form), low)
     return found
+
+
+def _collects(engine: PipelineEngine) -> bool:
+    """Whether this rank is the one of its stage: of the first replica, the first of those that share layers."""
+    return engine.mesh.zero_axis.rank == 0 and engine.mesh.tp.rank == 0

@@ -57,5 +57,5 @@ class SharedModules:
             if axis.rank > 0:
                 counted[params] = False
         if not bool(counted.all()):
-            arena.counted = counted
+            arena.counted = counted if arena.counted is None else counted & arena.counted
         return found

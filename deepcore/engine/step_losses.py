@@ -24,6 +24,13 @@ class StepLosses:
         self._counts: list[torch.Tensor] = []  # tokens per loss, where losses are sums
         self._further: dict[str, torch.Tensor] = {}
 
+    def _one_of_all(self, total: torch.Tensor) -> torch.Tensor:
+        """The sum over the world, where ranks that share layers, and so have the same losses, count once."""
+        if self._mesh.tp.rank:
+            total.zero_()
+        self._mesh.world.all_reduce(total).wait()
+        return total
+
     def note(self, loss: torch.Tensor, count: Any = None) -> None:
         """A micro-batch's: a mean, or a sum over ``count`` tokens."""
         self._losses.append(loss.detach())
@@ -43,7 +50,7 @@ class StepLosses:
             total[0] = torch.stack([loss.double().reshape(()) for loss in self._losses]).sum()
         if self._counts:
             total[1] = torch.stack(self._counts).sum()
-        self._mesh.world.all_reduce(total).wait()
+        total = self._one_of_all(total)
         by_micro = total[0] / (num_micro * self._mesh.dp.size)
         return torch.where(total[1] > 0, total[0] / total[1].clamp_min(1), by_micro).float()
 
@@ -73,6 +80,6 @@ class StepLosses:
         for index, name in enumerate(names):
             values[index] += self._further.get(name, 0.0)
         if names:
-            self._mesh.world.all_reduce(values).wait()
+            values = self._one_of_all(values)
         means = (values / (num_micro * self._mesh.dp.size)).float().unbind()
         return dict(zip(names, means, strict=True))

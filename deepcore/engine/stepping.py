@@ -6,12 +6,13 @@ Knows nothing of what a step does. It agrees in host memory, so no device waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
 from deepcore.comm.mesh import Axis
 from deepcore.engine.microbatches import shape_of
-from deepcore.errors import CommError
+from deepcore.errors import CommError, UsageError
 from deepcore.parallel.pipeline.chunk import Feed, LossOf
 from deepcore.parallel.pipeline.module import PipelineModule
 from deepcore.parallel.pipeline.runner import PipelineRunner
@@ -22,10 +23,20 @@ class Gate:
 
     Args:
         control: all ranks, in host memory.
+        sharing: ranks, neighbours, that have the same samples.
+        require_shared: raises where these have been given different ones; collective over them.
     """
 
-    def __init__(self, control: Axis, runner: PipelineRunner, module: PipelineModule) -> None:
+    def __init__(
+        self,
+        control: Axis,
+        runner: PipelineRunner,
+        module: PipelineModule,
+        sharing: int = 1,
+        require_shared: Callable[[Feed], None] = lambda feed: None,
+    ) -> None:
         self._control, self._runner, self._module = control, runner, module
+        self._sharing, self._require_shared = sharing, require_shared
         self._trainable = self._flags()
         self._forget = False
 
@@ -53,23 +64,33 @@ class Gate:
             is_new = number >= 0 and not self._runner.knows(number)
             rows = self._meet(not done, changed, number, is_new)
         self._require_all(rows, "could not get its micro-batches")
+        self._require_one_shape(rows)
         number = rows[self._first_rank()][2]
         if any(row[1] for row in rows):
             self._runner.forget()
             self._trainable, self._forget, number = self._flags(), False, 0
         if any(row[1] or row[3] for row in rows):
-            self._survey(shape, number, feed, check_loss)
+            if self._sharing > 1:
+                self._guarded(
+                    lambda: self._require_shared(feed), "is given other samples than those that share its layers"
+                )
+            what = "failed in the first micro-batch of a new shape"
+            self._guarded(lambda: self._survey(shape, number, feed, check_loss), what)
         return number, feed
 
     def _survey(self, shape: Hashable, number: int, feed: Feed, check_loss: LossOf | None) -> None:
+        if not self._runner.knows(number):
+            self._runner.survey(shape, feed, check_loss)
+
+    def _guarded(self, work: Callable[[], Any], what: str) -> None:
+        """Do what may fail on some ranks, and fail on all if it does."""
         done = False
         try:
-            if not self._runner.knows(number):
-                self._runner.survey(shape, feed, check_loss)
+            work()
             done = True
         finally:
             rows = self._meet(not done)
-        self._require_all(rows, "failed in the first micro-batch of a new shape")
+        self._require_all(rows, what)
 
     def _meet(self, *values: bool | int) -> list[list[int]]:
         """Every rank's row of numbers."""
@@ -88,6 +109,20 @@ class Gate:
                 expected="every rank to go through the step",
                 do=f"look at rank {failed[0]}'s own error: this one is its echo",
             )
+
+    def _require_one_shape(self, rows: list[list[int]]) -> None:
+        """Raise, on every rank, where ranks that share layers have shapes of different numbers."""
+        replicas = self._control.size // self._module.num_stages
+        for first in range(0, replicas, self._sharing):
+            numbers = [row[2] for row in rows[first : first + self._sharing]]
+            odd = next((place for place, number in enumerate(numbers) if number != numbers[0]), None)
+            if odd is not None:
+                raise UsageError(
+                    "ranks that share layers are given micro-batches of different shapes",
+                    got=f"those of rank {first + odd} have not the shape of those of rank {first}",
+                    expected="the same samples on all ranks of engine.get_tensor_parallel_group()",
+                    do="shard samples by engine.get_data_parallel_rank(), not by the global rank",
+                )
 
     def _first_rank(self) -> int:
         """The rank of this replica that has the first stage."""

@@ -42,7 +42,7 @@ def cut_model(model: torch.nn.Module, mesh: Mesh, settings: Settings) -> TensorS
     """
     if mesh.tp.size == 1:
         return None
-    _require_offered(model, settings)
+    require_offered(model, settings)
     require_same_model(model, mesh.tp)
     plan = make_plan(model, mesh.tp.size, settings.tensor_parallel)
     if mesh.world.rank == 0 and mesh.tp.group is not None:
@@ -50,7 +50,8 @@ def cut_model(model: torch.nn.Module, mesh: Mesh, settings: Settings) -> TensorS
     return TensorShards(model, mesh.tp, plan)
 
 
-def _require_offered(model: torch.nn.Module, settings: Settings) -> None:
+def require_offered(model: torch.nn.Module, settings: Settings) -> None:
+    """Raise ConfigError where the layout, or how the model was built, does not go with tensor parallelism."""
     if settings.sequence_parallel_size > 1:
         raise ConfigError(
             "tensor and sequence parallelism are not offered together yet",
@@ -120,8 +121,8 @@ class PartRanks:
 
     Attributes:
         shards: the parts.
-        draws: a seed, and the forward passes in training so far: their random numbers follow from those, so that ranks
-            draw alike whatever each has drawn elsewhere.
+        draws: a seed, and the forward passes in training so far (a pipeline's steps): their random numbers follow
+            from those, so that ranks draw alike whatever each has drawn elsewhere.
     """
 
     def __init__(self, shards: TensorShards, world: Axis) -> None:
@@ -137,6 +138,7 @@ class PartRanks:
 
     def whole(self, param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         """What all ranks have of a parameter in one; ``part`` where it is no part. Collective for parts."""
+        self._passes: dict[int, int] = {}  # of a step so far, per stage
         cut = self.shards.cuts.get(param)
         return part if cut is None else self.shards.whole(part, cut)
 
@@ -164,6 +166,19 @@ def require_same_inputs(inputs: Any, axis: Axis) -> None:
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             pairs = zip(everyone[0], theirs, strict=False)
+    def begin_step(self) -> None:
+        """A pipeline begins a step."""
+        self.draws[1] += 1
+        self._passes.clear()
+
+    def randomness_of_stage(self, stage: int, replica: int, *, draws: bool) -> AbstractContextManager[None]:
+        """The random numbers of a stage's next micro-batch in this step."""
+        if not draws:
+            return nullcontext()
+        number = self._passes.get(stage, 0)
+        self._passes[stage] = number + 1
+        return seeded(self.shards.axis.device, *self.draws, replica, stage, number)
+
             odd = next((place for (place, *mine), (_, *other) in pairs if mine != other), "their number")
             raise UsageError(
                 "tensor-parallel ranks are given different inputs",

@@ -53,14 +53,7 @@ def refusals() -> dict[str, str]:
     attempt("custom", lambda: engine.load_checkpoint("nowhere", custom_load_fn=lambda state, module: None))
     attempt("copy", lambda: __import__("copy").deepcopy(engine.module)(batch(0, 0, 0)))
     engine.destroy()
-    attempt("pipeline", lambda: start(SGD, model=pipeline()))
     return found
-
-
-def pipeline() -> Any:
-    return deepcore.PipelineModule(
-        [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], num_stages=1, loss_fn=torch.nn.functional.mse_loss
-    )
 
 
 def test_what_does_not_go_together_is_refused() -> None:
@@ -74,7 +67,6 @@ def test_what_does_not_go_together_is_refused() -> None:
             "inputs": "tensor-parallel ranks are given different inputs",
             "custom": "custom_load_fn does not work with tensor parallelism",
             "copy": "a layer that holds a part of its weights does not know its ranks",
-            "pipeline": "tensor_parallel.autotp_size is not offered with a pipeline yet",
         }
 
 

@@ -19,7 +19,7 @@ from deepcore import zero as access
 from deepcore.errors import DeepcoreError, UsageError
 from deepcore.pipe import LayerSpec, PipelineModule
 from tests.parity.resuming import STATES
-from tests.parity.stages import SEED, VOCABULARY, WIDTH, Pipe, Row, batch, loss_fn, specs
+from tests.parity.stages import SEED, VOCABULARY, WIDTH, Pipe, Row, batch, loss_fn
 
 BEFORE, AFTER = 3, 3  # steps
 
@@ -55,8 +55,8 @@ class Case(NamedTuple):
     alone: bool = False
 
     def layers(self) -> list[Any]:
-        row = specs(self.pipe.tied)
-        return [*row[:-2], LayerSpec(Odd, self.rate), *row[-2:]]
+        row = self.pipe.layers()
+        return [*row[:-2], LayerSpec(Odd, self.rate), *row[-2:]] if self.pipe.in_tuples else row
 
     def config(self) -> dict[str, Any]:
         warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": 1e-2}}

@@ -117,10 +117,19 @@ class Pipe:
     steps: int = 4
     interval: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    eps: float = 1e-8
 
     @property
     def world(self) -> int:
         return self.pp * self.dp
+
+    @property
+    def in_tuples(self) -> bool:
+        """Whether layers pass tuples on."""
+        return True
+
+    def layers(self) -> list[Any]:
+        return specs(self.tied)
 
     def config(self) -> dict[str, Any]:
         return {
@@ -131,7 +140,7 @@ class Pipe:
             "fp16": {"enabled": self.fp16, "initial_scale_power": 7},
             "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 60},
             "pipeline": {"schedule": self.schedule, "activation_checkpoint_interval": self.interval},
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "eps": self.eps}},
             **self.extra,
         }
 
@@ -145,15 +154,14 @@ class Pipe:
 
 def pipeline(case: Pipe, **options: Any) -> PipelineModule:
     return PipelineModule(
-        specs(case.tied), num_stages=case.pp, loss_fn=loss_fn, seed_layers=True, base_seed=SEED, **options
+        case.layers(), num_stages=case.pp, loss_fn=loss_fn, seed_layers=True, base_seed=SEED, **options
     )
 
 
 def train(case: Pipe) -> dict[str, Any]:
     """Train on this rank; weights are those that this rank holds."""
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     engine, *_ = deepcore.initialize(model=pipeline(case), config=case.config())
-    replica = rank % case.dp
+    replica = engine.get_data_parallel_rank()
     losses, norms = [], []
     for step in range(case.steps):
         losses.append(float(engine.train_batch(batch(step, replica, micro) for micro in range(case.micro))))
@@ -164,8 +172,10 @@ def train(case: Pipe) -> dict[str, Any]:
     weights = engine.module_state_dict()
     assert engine.global_steps == case.steps
     assert engine.micro_steps == case.steps * case.micro
+    shards = engine.parts and engine.parts.shards
+    cut = set(shards.names()) if shards else set()
     engine.destroy()
-    return {"weights": weights, "losses": losses, "norms": norms, "eval": evaluated}
+    return {"weights": weights, "losses": losses, "norms": norms, "eval": evaluated, "cut": cut}
 
 
 class Row(nn.Module):
@@ -196,7 +206,7 @@ class Row(nn.Module):
 
 def alone(case: Pipe) -> dict[str, Any]:
     """The same training by one process with plain PyTorch: slice by slice, gradients summed in order of replicas."""
-    model = Row(specs(case.tied))
+    model = Row(case.layers())
     params = list(model.parameters())
     low = torch.bfloat16 if case.bf16 else torch.float16 if case.fp16 else None
     masters = params
@@ -205,7 +215,7 @@ def alone(case: Pipe) -> dict[str, Any]:
         for param in params:
             param.data = param.data.to(low)
     scale = 2.0**7 if case.fp16 else 1.0
-    optimizer = FusedAdam(masters, lr=1e-2, weight_decay=0.1)
+    optimizer = FusedAdam(masters, lr=1e-2, weight_decay=0.1, eps=case.eps)
     losses, norms = [], []
     for step in range(case.steps):
         total, mean = [None] * len(params), 0.0

@@ -93,8 +93,10 @@ def test_topologies_that_the_mesh_cannot_be() -> None:
         PipelineModule(layers, topology=ProcessTopology(["data", "pipe"], [2, 2]))
     with pytest.raises(ConfigError, match="2 x 1 = 2, on 1 ranks"):
         PipelineModule(layers, topology=PipeDataParallelTopology(2, 1))
-    with pytest.raises(ConfigError, match="not offered"):
+    with pytest.raises(ConfigError, match="1 x 1 x 2 = 2, on 1 ranks"):
         PipelineModule(layers, topology=PipeModelDataParallelTopology(1, 2, 1))
+    with pytest.raises(ConfigError, match='then "model"'):
+        PipelineModule(layers, topology=ProcessTopology(["pipe", "model", "data"], [2, 2, 2]))
     assert PipelineModule(layers, topology=PipeDataParallelTopology(1, 1)).num_pipeline_stages() == 1
 
 

@@ -20,7 +20,13 @@ from deepcore.parallel.pipeline.construction import Builder, require_apart
 from deepcore.parallel.pipeline.layers import Applied, TiedLayerSpec
 from deepcore.parallel.pipeline.placement import Placement, cut_by_cost, cut_evenly
 from deepcore.parallel.pipeline.recompute import Recompute
-from deepcore.parallel.pipeline.topology import PipeDataParallelTopology, ProcessTopology, num_stages_of
+from deepcore.parallel.pipeline.topology import (
+    MODEL,
+    PipeDataParallelTopology,
+    PipeModelDataParallelTopology,
+    ProcessTopology,
+    num_stages_of,
+)
 
 
 class PipelineModule(nn.Module):
@@ -70,6 +76,7 @@ class PipelineModule(nn.Module):
         super().__init__()
         world = init_distributed()
         self.num_stages = _num_stages(num_stages, topology, world.size)
+        self._given_topology = topology is not None
         self._topology = topology or PipeDataParallelTopology(self.num_stages, world.size // self.num_stages)
         self.layer_specs = list(layers)
         self.loss_fn = loss_fn
@@ -170,6 +177,24 @@ class PipelineModule(nn.Module):
     def tied_keys(self) -> list[str]:
         """All keys, those of other ranks too, in the order of their first layers."""
         return list(dict.fromkeys(spec.key for spec in self.layer_specs if isinstance(spec, TiedLayerSpec)))
+
+    def share_layers(self, num_model: int) -> None:
+        """``num_model`` ranks, neighbours, share every layer.
+
+        Raises:
+            ConfigError: the user's topology says something else.
+        """
+        replicas = self._world.size // self.num_stages // num_model
+        if not self._given_topology:
+            if num_model > 1:
+                self._topology = PipeModelDataParallelTopology(self.num_stages, num_model, replicas)
+        elif max(self._topology.get_dim(MODEL), 1) != num_model:
+            raise ConfigError(
+                "the topology and the config disagree about the ranks that share a layer",
+                got=f'"model" of length {self._topology.get_dim(MODEL)}, tensor_parallel.autotp_size {num_model}',
+                expected="the same number",
+                do=f"use PipeModelDataParallelTopology({self.num_stages}, {num_model}, {replicas}), or set autotp_size",
+            )
 
     def topology(self) -> ProcessTopology:
         """How ranks are laid out."""

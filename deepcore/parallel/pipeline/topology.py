@@ -115,12 +115,12 @@ def num_stages_of(topology: ProcessTopology, world_size: int) -> int:
         ConfigError: ranks are laid out in another order, or are more or fewer than there are.
     """
     sizes = {axis: dim for axis, dim in zip(topology.axes, topology.dims, strict=True) if dim > 1}
-    if list(sizes) not in ([], [PIPE], [DATA], [PIPE, DATA]):
+    if list(sizes) != [axis for axis in (PIPE, DATA, MODEL) if axis in sizes]:
         raise ConfigError(
             "this topology is not offered",
             got=f"axes {topology.axes} with lengths {topology.dims}",
-            expected='"pipe" first, then "data", others of length 1',
-            do="use PipeDataParallelTopology(num_pp, num_dp)",
+            expected='"pipe" first, then "data", then "model", others of length 1',
+            do="use PipeDataParallelTopology(num_pp, num_dp), or PipeModelDataParallelTopology(num_pp, num_mp, num_dp)",
         )
     if topology.world_size() != world_size:
         raise ConfigError(

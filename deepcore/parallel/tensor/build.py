@@ -15,20 +15,24 @@ from deepcore.config.sections.parallel import PartitionConfig, TensorParallel
 from deepcore.errors import ConfigError
 from deepcore.parallel.tensor import patterns
 from deepcore.parallel.tensor.draft import Draft, Proposal, is_embedding, splits_of
-from deepcore.parallel.tensor.inference import infer
+from deepcore.parallel.tensor.inference import infer, vocabularies
 from deepcore.parallel.tensor.plan import LayerPlan, TensorPlan, TensorSplit
 from deepcore.parallel.tensor.presets import preset
+from deepcore.parallel.tensor.surroundings import Surroundings, surroundings_of
 
 _MOST_RANKS = 1024  # that an error looks for
 
 
-def make_plan(model: nn.Module, size: int, section: TensorParallel) -> TensorPlan:
+def make_plan(model: nn.Module, size: int, section: TensorParallel, around: Surroundings | None = None) -> TensorPlan:
     """The plan for ``size`` ranks: the user's, else the model's own, else what the module graph shows.
+
+    Args:
+        around: of a stage, where it knows of the others; what is cut may then be nothing.
 
     Raises:
         ConfigError: a plan cannot be followed, or heads or widths do not divide by the ranks.
     """
-    draft = Draft(model, size)
+    draft = Draft(model, size, _alone(model, size) if around is None else around)
     own = patterns.own_plan(model)
     if section.partition_config is not None or section.preset_model is not None:
         rules = {} if section.preset_model is None else preset(section.preset_model)
@@ -39,6 +43,7 @@ def make_plan(model: nn.Module, size: int, section: TensorParallel) -> TensorPla
         patterns.follow(draft, own, "the model's own tp_plan")
     else:
         infer(draft)
+    _require_may_be_cut(draft)
     _require_fits(draft)
     _agree_on_tied(draft)
     layers = tuple(
@@ -46,11 +51,30 @@ def make_plan(model: nn.Module, size: int, section: TensorParallel) -> TensorPla
         for name in draft.modules
         if (proposal := draft.proposals.get(name)) is not None
     )
-    if not any(plan.splits for plan in layers):
-        raise _nothing_to_cut(draft)
+    if around is None and not any(plan.splits for plan in layers):
+        raise nothing_to_cut(type(model).__name__, draft.source, draft.left)
     order = list(draft.modules)
     left = {name: draft.left[name] for name in sorted(draft.left, key=order.index)}
     return TensorPlan(size, layers, tuple(draft.adjustments), left, draft.source)
+
+
+def _alone(model: nn.Module, size: int) -> Surroundings:
+    """The surroundings of a model whose stages are all here."""
+    around = surroundings_of(model)
+    return around.with_vocabularies([vocabularies(Draft(model, size, around))]) if around.is_stage else around
+
+
+def _require_may_be_cut(draft: Draft) -> None:
+    """Raise where a written plan names a layer whose weight is read without a call: a part would be taken for all."""
+    name = next((name for name in draft.proposals if draft.around.why_whole(name)), None)
+    if name is not None:
+        raise ConfigError(
+            f"{draft.source} names a layer that cannot be cut",
+            got=f"'{name}': {draft.around.why_whole(name)}",
+            expected="layers whose weights are used by calls of them only",
+            do='leave it out, or "skip" it; a tied head can be an nn.Linear inside of the tied module that has the '
+            "embedding's weight, and forward_fn a call of it",
+        )
 
 
 def _require_fits(draft: Draft) -> None:
@@ -134,11 +158,12 @@ def _torn(draft: Draft, names: Sequence[str]) -> ConfigError:
     )
 
 
-def _nothing_to_cut(draft: Draft) -> ConfigError:
-    reasons = "; ".join(f"'{name}': {why}" for name, why in list(draft.left.items())[:3])
+def nothing_to_cut(model: str, source: str, left: Mapping[str, str]) -> ConfigError:
+    """The error of a plan that cuts nothing."""
+    reasons = "; ".join(f"'{name}': {why}" for name, why in list(left.items())[:3])
     return ConfigError(
         "tensor parallelism finds no layer to cut in this model",
-        got=f"{type(draft.model).__name__}, by {draft.source}" + (f" ({reasons})" if reasons else ""),
+        got=f"{model}, by {source}" + (f" ({reasons})" if reasons else ""),
         expected="linear layers in pairs, as around attention and in an MLP",
         do="name them in tensor_parallel.partition_config, or set autotp_size to 1; 'deepcore plan tensor' shows why",
     )

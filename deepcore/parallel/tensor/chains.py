@@ -1,12 +1,13 @@
 """Owns the proof that two linear layers are a pair: between their products there are elementwise operations only.
 
-Knows the graph that torch.fx traces of one module; what cannot be traced is no pair.
+Knows the graph that torch.fx traces of one module, or of a row of them; what cannot be traced is no pair.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ _METHODS = {
     "relu_", "tanh_", "sigmoid_", "mul_", "add_", "contiguous", "clone", "neg", "div", "sub", "type_as",
 }  # fmt: skip
 
+_UNTRACEABLE = (TypeError, AttributeError, ValueError, RuntimeError, LookupError, NameError, AssertionError)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -52,8 +55,9 @@ class _Tracer(fx.Tracer):
 def pairs_in(module: nn.Module) -> list[Pair] | None:
     """The pairs of one module, in the order of its graph; None where it cannot be traced."""
     try:
-        graph = _Tracer().trace(module)
-    except (fx.proxy.TraceError, TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexError):
+        with _undone(module):
+            graph = _Tracer().trace(module)
+    except (fx.proxy.TraceError, *_UNTRACEABLE):
         return None
     modules = dict(module.named_modules())
     calls: dict[str, int] = {}
@@ -69,6 +73,78 @@ def pairs_in(module: nn.Module) -> list[Pair] | None:
                 taken |= {*pair.columns, pair.row}
                 found.append(pair)
     return found
+
+
+@contextmanager
+def _undone(module: nn.Module) -> Iterator[None]:
+    """Buffers and attributes are afterwards as they were: a forward that counts its calls counts a trace as well."""
+    kept = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        for part, attributes, buffers in kept:
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+class _Row(nn.Module):
+    """Layers that are called one after the other."""
+
+    def __init__(self, layers: Sequence[Callable[[Any], Any]]) -> None:
+        super().__init__()
+        self.held = nn.ModuleList([layer for layer in layers if isinstance(layer, nn.Module)])
+        self.layers = tuple(layers)
+
+    def forward(self, given: Any) -> Any:
+        for layer in self.layers:
+            given = layer(given)
+        return given
+
+
+def pairs_in_row(row: Sequence[tuple[str, Callable[[Any], Any]]], *, draws_by_layer: bool) -> Iterator[Pair]:
+    """The pairs that layers of a row make with each other, by full name.
+
+    Args:
+        row: their names ("" for a function or what has no name of its own), and themselves.
+        draws_by_layer: every layer seeds its random numbers, so cut activations must not pass what may draw any.
+    """
+    stretch: list[tuple[str, Callable[[Any], Any]]] = []
+    end: tuple[str, Callable[[Any], Any]] = ("", nn.Module())
+    for name, layer in [*row, end]:
+        if _passes(name, layer) and not (draws_by_layer and _may_draw(layer)):
+            stretch.append((name, layer))
+            continue
+        modules = [name for name, layer in stretch if isinstance(layer, nn.Module)]
+        for pair in pairs_in(_Row([layer for _, layer in stretch])) or () if len(modules) > 1 else ():
+            full = {below: _full(below, modules) for below in (*pair.columns, pair.row)}
+            yield Pair(tuple(full[n] for n in pair.columns), full[pair.row], frozenset(full[n] for n in pair.halves))
+        stretch = []
+
+
+def _full(below: str, modules: Sequence[str]) -> str:
+    """The name in the whole row of what is ``held.<number>`` or something in it."""
+    number, _, rest = below.removeprefix("held.").partition(".")
+    return modules[int(number)] + (f".{rest}" if rest else "")
+
+
+def _passes(name: str, layer: Callable[[Any], Any]) -> bool:
+    """Whether what is cut may pass a layer, or begin and end in it: the trace decides about functions."""
+    if not isinstance(layer, nn.Module):
+        return True
+    if isinstance(layer, nn.Sequential):
+        return bool(name) and all(_passes(name, child) for child in layer)
+    return bool(name) and (is_linear(layer) or isinstance(layer, _MODULES))
+
+
+def _may_draw(layer: Callable[[Any], Any]) -> bool:
+    if not isinstance(layer, nn.Module):
+        return layer not in _FUNCTIONS or layer is functional.dropout
+    return any(isinstance(part, nn.Dropout) for part in layer.modules())
 
 
 class _Walk:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deepcore.parallel.tensor.layers import is_conv1d
 from deepcore.parallel.tensor.plan import Adjustment, Style, TensorSplit
+from deepcore.parallel.tensor.surroundings import Surroundings
 
 _OUTPUT_CUT = ("column", "column_gathered")
 
@@ -54,15 +55,18 @@ class Draft:
     Attributes:
         model: to be cut.
         size: ranks.
+        around: what a stage of a pipeline has to know of the others.
         proposals: by name of module.
         left: layers that stay whole, and why.
         demands: what ``size`` has to fit.
         adjustments: numbers of modules that follow.
         source: where proposals come from.
+        tied: names of modules with a parameter that another one has too.
     """
 
     model: nn.Module
     size: int
+    around: Surroundings = field(default_factory=Surroundings)
     proposals: dict[str, Proposal] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     demands: list[Demand] = field(default_factory=list)
@@ -71,6 +75,10 @@ class Draft:
 
     def __post_init__(self) -> None:
         self.modules: dict[str, nn.Module] = dict(self.model.named_modules())
+        holders: dict[Tensor, set[str]] = {}
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            holders.setdefault(param, set()).add(name.rpartition(".")[0])
+        self.tied = {name for names in holders.values() if len(names) > 1 for name in names}
 
     def drop(self, name: str, why: str) -> None:
         """Leave a layer whole after all."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from deepcore.parallel.tensor.chains import Pair, pairs_in
+from deepcore.parallel.tensor.chains import Pair, pairs_in, pairs_in_row
 from deepcore.parallel.tensor.draft import Demand, Draft, Proposal, is_embedding, is_linear, widths
 from deepcore.parallel.tensor.heads import Attention, find_attention, head_width, settle_attention
 
@@ -38,6 +38,9 @@ def infer(draft: Draft) -> None:
     """Propose what can be proved or is named as the field names it; note the rest."""
     draft.source = "the module graph"
     free = {name for name, module in draft.modules.items() if is_linear(module) or is_embedding(module)}
+    for name in [name for name in sorted(free) if draft.around.why_whole(name)]:
+        free.discard(name)
+        draft.left[name] = draft.around.why_whole(name)
     for name in _inside_torch(draft):
         free.discard(name)
         draft.left[name] = "a module of torch.nn around it reads its weight itself"
@@ -171,21 +174,33 @@ def _pairs(draft: Draft, free: set[str]) -> None:
         inside = [n for n, child in module.named_modules() if is_linear(child)]
         if not 2 <= len(inside) <= _LARGEST_TRACE or isinstance(module, nn.ModuleList | nn.ModuleDict):
             continue
+        if draft.around.is_stage and not name:
+            continue  # its layers are rows
         full = {below: f"{name}.{below}" if name else below for below in inside}
         undecided = [n for n in full.values() if n in free and n not in draft.proposals and n not in draft.left]
         if len(undecided) < 2:
             continue
         traced = pairs_in(module)
         for pair in _pairs_by_name(module) if traced is None else traced:
-            members = [full[below] for below in (*pair.columns, pair.row)]
-            if any(n not in free or n in draft.proposals or n in draft.left for n in members):
-                continue
-            width = widths(draft.modules[full[pair.row]])[0]
-            for below in pair.columns:
-                segments = (width, width) if below in pair.halves else ()
-                draft.proposals[full[below]] = Proposal("column", segments)
-            draft.proposals[full[pair.row]] = Proposal("row")
-            draft.demands.append(Demand(f"width of '{full[pair.row]}'", width))
+            columns = tuple(full[below] for below in pair.columns)
+            _take(draft, free, Pair(columns, full[pair.row], frozenset(full[below] for below in pair.halves)))
+    for row in draft.around.rows:
+        for pair in pairs_in_row(row, draws_by_layer=draft.around.draws_by_layer):
+            _take(draft, free, pair)
+
+
+def _take(draft: Draft, free: set[str], pair: Pair) -> None:
+    """Cut a pair, by full names, if nothing else is to happen to its layers."""
+    if any(n not in free or n in draft.proposals or n in draft.left for n in (*pair.columns, pair.row)):
+        return
+    if draft.tied & {*pair.columns, pair.row}:
+        _leave(draft, [*pair.columns, pair.row], "a weight of the pair is another layer's too")
+        return
+    width = widths(draft.modules[pair.row])[0]
+    for name in pair.columns:
+        draft.proposals[name] = Proposal("column", (width, width) if name in pair.halves else ())
+    draft.proposals[pair.row] = Proposal("row")
+    draft.demands.append(Demand(f"width of '{pair.row}'", width))
 
 
 def _pairs_by_name(module: nn.Module) -> Iterator[Pair]:
@@ -210,14 +225,17 @@ def _pairs_by_name(module: nn.Module) -> Iterator[Pair]:
 
 
 def _vocabulary(draft: Draft, free: set[str]) -> None:
-    """A head by name or by a weight that an embedding has too; the embedding of the same weight, or of as many rows."""
+    """A head by name or by a weight that an embedding has too; the embedding of the same weight, or of as many rows.
+
+    Head and embedding may lie on different stages of a pipeline.
+    """
     linear = {name for name in free if is_linear(draft.modules[name]) and name not in draft.proposals}
     tables: dict[str, Any] = {name: draft.modules[name] for name in free if is_embedding(draft.modules[name])}
-    sizes = {table.weight.shape[0] for table in tables.values()}
+    sizes = {table.weight.shape[0] for table in tables.values()} | draft.around.tables
     for name in sorted(linear - draft.left.keys()):
         module: Any = draft.modules[name]
         tied = any(table.weight is module.weight for table in tables.values())
-        named = name.rpartition(".")[2] in _HEADS and widths(module)[1] in sizes
+        named = _is_head(draft, name) and widths(module)[1] in sizes
         if not (tied or named):
             continue
         _cut_rows(draft, name, widths(module)[1], "column_gathered")
@@ -225,7 +243,24 @@ def _vocabulary(draft: Draft, free: set[str]) -> None:
             if table.weight is module.weight or (not tied and table.weight.shape[0] == widths(module)[1]):
                 _cut_rows(draft, other, table.weight.shape[0], "vocab")
     for name in sorted(tables.keys() - draft.proposals.keys() - draft.left.keys()):
-        draft.left[name] = "an embedding of no output head"
+        if (rows := tables[name].weight.shape[0]) in draft.around.outputs:
+            _cut_rows(draft, name, rows, "vocab")
+        else:
+            draft.left[name] = "an embedding of no output head"
+
+
+def _is_head(draft: Draft, name: str) -> bool:
+    return name.rpartition(".")[2] in _HEADS or name in draft.around.heads
+
+
+def vocabularies(draft: Draft) -> dict[str, list[int]]:
+    """Rows of all embeddings, and widths of what may be a head: what stages tell each other."""
+    modules: dict[str, Any] = draft.modules
+    heads = [name for name, module in modules.items() if is_linear(module) and _is_head(draft, name)]
+    return {
+        "tables": [module.weight.shape[0] for module in modules.values() if is_embedding(module)],
+        "outputs": [widths(modules[name])[1] for name in heads],
+    }
 
 
 def _cut_rows(draft: Draft, name: str, rows: int, style: Any) -> None:
