@@ -98,16 +98,20 @@ def _parallel(settings: Settings) -> Iterator[Problem]:
 def _hybrid(settings: Settings) -> Iterator[Problem]:
     if not settings.hybrid_engine.enabled:
         return
-    cuts = {
-        "sequence_parallel_size": (settings.sequence_parallel_size, "no rank has the whole of a sequence to continue"),
-        "tensor_parallel.autotp_size": (settings.tensor_parallel.size, "no rank has whole layers to call"),
-        "hybrid_engine.inference_tp_size": (settings.hybrid_engine.inference_tp_size, "every rank generates alone"),
-    }
-    for key, (size, reason) in cuts.items():
-        if size > 1:
-            yield Problem(
-                f"hybrid_engine.enabled with {key} {size} is not offered: {reason}",
-                got=f"{key} {size}",
-                expected=f"{key} 1: data parallelism over all ranks, at any ZeRO stage",
-                do=f"set {key} to 1, or disable hybrid_engine",
-            )
+    size = settings.sequence_parallel_size
+    if size > 1:
+        yield Problem(
+            f"hybrid_engine.enabled with sequence_parallel_size {size} is not offered: no rank has the whole of a "
+            "sequence to continue",
+            got=f"sequence_parallel_size {size}",
+            expected="data and tensor parallelism, at any ZeRO stage",
+            do=f'set "tensor_parallel": {{"autotp_size": {size}}} in its place, or disable hybrid_engine',
+        )
+    size, trained = settings.hybrid_engine.inference_tp_size, settings.tensor_parallel.size
+    if size not in (1, trained):
+        yield Problem(
+            f"hybrid_engine.inference_tp_size {size} is not offered: layers generate as they are cut for training",
+            got=f"inference_tp_size {size}, tensor_parallel.autotp_size {trained}",
+            expected=f"{trained}, or none",
+            do="remove inference_tp_size, or set autotp_size to it",
+        )

@@ -29,6 +29,9 @@ class HybridEngine(Engine):
     rank has all weights whole, gathered once, and no call of the model waits for another rank. It ends with
     ``train()``, and at the latest when weights change: at a step, or when something is loaded.
 
+    Ranks that share layers (``tensor_parallel``) generate together: each call is made by all of them, with the same
+    prompts and options, and every one gets the same tokens.
+
     Training after a phase is what it would be without it, bit for bit: sampling has generators of its own.
     """
 
@@ -60,6 +63,8 @@ class HybridEngine(Engine):
         try:
             if "inputs" in options and input_ids is None:
                 input_ids = options.pop("inputs")
+            if self.parts is not None:
+                self.parts.require_same_request(input_ids, attention_mask, options)
             config = getattr(self.module, "generation_config", None)
             chosen = read_options(options, config)
             prompts = read_prompts(input_ids, attention_mask, chosen, self.device)
@@ -202,7 +207,7 @@ class HybridEngine(Engine):
         self.residence.require_home(verb, "lp_params")
 
     def _generator(self, options: Options) -> torch.Generator:
-        """Whoever draws in this call: other numbers on every rank, and in every call unless a seed says which.
+        """Whoever draws in this call: other numbers on every replica, and in every call unless a seed says which.
 
         Without a seed they follow from torch's own, the step and the number of the call since it: a run that is
         repeated or resumed draws alike, and torch's generator is left where it is.
@@ -212,8 +217,9 @@ class HybridEngine(Engine):
         step, count = self._calls
         now = self.clock.global_steps
         self._calls = (now, count + 1 if step == now else 0)
-        rank = self.mesh.dp.rank
-        drawn = (options.seed, rank) if options.seed is not None else (torch.initial_seed(), *self._calls, rank)
+        rank = self.mesh.dp.rank  # the same where layers are shared, as the seed has to be
+        seed = torch.initial_seed() if self.parts is None else self.parts.draws[0]
+        drawn = (options.seed, rank) if options.seed is not None else (seed, *self._calls, rank)
         return torch.Generator(self.device).manual_seed(mixed(*drawn))
 
 

@@ -6,6 +6,7 @@ Knows nothing of how a plan is made or of what a cut layer computes.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -145,22 +146,30 @@ class PartRanks:
     def randomness(self, replica: int, *, draws: bool) -> AbstractContextManager[None]:
         """The random numbers of a forward pass on the samples of a data-parallel ``replica``."""
         if not draws:
+    def require_same_request(self, ids: Any, mask: Any, options: Mapping[str, Any]) -> None:
+        """That all ranks are asked to generate the same, a user's generator included. Collective.
+
+        A call that is wrong in the same way on all of them fails on all of them.
+        """
+        states = {k: v.get_state() if isinstance(v, torch.Generator) else v for k, v in options.items()}
+        require_same_inputs((ids, mask, states), self.shards.axis)
+
             return nullcontext()
         self.draws[1] += 1
         return seeded(self.shards.axis.device, *self.draws, replica)
 
 
 def require_same_inputs(inputs: Any, axis: Axis) -> None:
-    """Raise on every rank where ranks that compute one thing are given different samples. Collective.
+    """Raise on every rank where ranks that compute one thing are given different samples, or numbers. Collective.
 
     Raises:
         UsageError: an input differs, by value, shape or place.
     """
     leaves, _ = tree_flatten_with_path(inputs)
     told = [
-        ["".join(map(str, path)), str(tuple(leaf.shape)), _digest(leaf)]
+        ["".join(map(str, path)), *_described(leaf)]
         for path, leaf in leaves
-        if isinstance(leaf, torch.Tensor)
+        if isinstance(leaf, torch.Tensor | bool | int | float | str | None)
     ]
     everyone = gather_records(told, axis)
     for rank, theirs in enumerate(everyone):
@@ -196,3 +205,8 @@ def _digest(tensor: torch.Tensor) -> str:
     if content:
         torch.frombuffer(content, dtype=torch.uint8).copy_(flat)
     return hashlib.blake2b(content, digest_size=8).hexdigest()
+def _described(leaf: Any) -> list[str]:
+    """What two equal leaves have in common, and others have not."""
+    return [str(tuple(leaf.shape)), _digest(leaf)] if isinstance(leaf, torch.Tensor) else ["", repr(leaf)]
+
+
