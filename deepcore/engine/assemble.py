@@ -25,7 +25,7 @@ from deepcore.engine.placement import cast_rest, require_same_model, require_sta
 from deepcore.engine.regime import policy_from, scaler_from
 from deepcore.engine.residence import arena_maker
 from deepcore.engine.shared_modules import SharedModules
-from deepcore.engine.tensor import count_once, cut_model, over_parts, require_optimizer
+from deepcore.engine.tensor import count_once, cut_model, over_parts, put_together, require_optimizer
 from deepcore.engine.tokens import TokenCount
 from deepcore.engine.trainability import LateThaws, note_room_for_frozen
 from deepcore.optim.client import ClientOptimizer
@@ -188,6 +188,7 @@ def bind_optimizer(parts: Parts, full_step: Callable[[], None], *, replicate: bo
     arena, agree = place_updates(strategy, axis, rules, replicate=replicate)
     if parts.shards is not None:
         agree = over_parts(agree, parts.shards.axis, count_once(strategy.arena, parts.shards))
+    put_together(optimizer, parts.shards, {param: name for name, param in params.items()})
     optimizer.bind(arena, params, full_step, agree)
     if isinstance(optimizer, ClientOptimizer):
         optimizer.evaluator = ClosureEvaluator(parts.core, axis)

@@ -23,6 +23,7 @@ from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer
 from deepcore.optim.muon import Muon
 from deepcore.optim.segment_optimizer import Agree
+from deepcore.optim.shared_matrices import SharedMatrices
 from deepcore.parallel.randomness import seeded
 from deepcore.parallel.tensor.apply import TensorShards
 from deepcore.parallel.tensor.build import make_plan
@@ -73,7 +74,7 @@ def require_offered(model: torch.nn.Module, settings: Settings) -> None:
 def require_optimizer(optimizer: EngineOptimizer | None, shards: TensorShards | None) -> None:
     """Raise where an optimizer cannot update parts of tensors, or comes with state of whole ones.
 
-    LAMB can: its norms are completed over the ranks.
+    LAMB can: its norms are completed over the ranks. So can Muon: its matrices are put together for their update.
     """
     if optimizer is None or shards is None:
         return
@@ -82,11 +83,11 @@ def require_optimizer(optimizer: EngineOptimizer | None, shards: TensorShards | 
     foreign = isinstance(optimizer, ClientOptimizer) and not (
         kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE
     )
-    if foreign or isinstance(optimizer, Muon):
+    if foreign:
         raise ConfigError(
             "this optimizer needs whole tensors, and tensor parallelism cuts them",
             got=f"{kind.__name__} with {shards.axis.size} tensor-parallel ranks",
-            expected=f"deepcore's Adam, AdamW, LAMB, Lion, Adagrad or SGD, or of torch.optim {', '.join(ELEMENTWISE)}",
+            expected=f"one of deepcore's optimizers, or of torch.optim {', '.join(ELEMENTWISE)}",
             do='choose one of those, or set "autotp_size" to 1 and use ZeRO stage 3, where it works on any ranks',
         )
     if any(optimizer.state.get(param) for param in shards.cuts):
@@ -96,6 +97,13 @@ def require_optimizer(optimizer: EngineOptimizer | None, shards: TensorShards | 
             expected="a fresh optimizer",
             do="load its state by engine.load_checkpoint() after initialize()",
         )
+
+
+def put_together(optimizer: EngineOptimizer, shards: TensorShards | None, names: Mapping[torch.Tensor, str]) -> None:
+    """Let an optimizer that updates whole matrices put them together from the ranks' parts."""
+    if shards is not None and isinstance(optimizer, Muon):
+        cuts = {names[param]: cut for param, cut in shards.cuts.items() if param in names}
+        optimizer.shared = SharedMatrices(shards.axis, cuts)
 
 
 def count_once(arena: ShardArena, shards: TensorShards) -> torch.Tensor:
@@ -130,6 +138,7 @@ class PartRanks:
         self.shards = shards
         self.draws: list[int] = [gather_records(torch.initial_seed() % 2**62, world)[0], 0]
         self._checked = False
+        self._passes: dict[int, int] = {}  # of a step so far, per stage
 
     def require_same_inputs(self, inputs: Any) -> None:
         """In the first pass, that all ranks are given the same. Collective then."""
@@ -137,15 +146,6 @@ class PartRanks:
             require_same_inputs(inputs, self.shards.axis)
             self._checked = True
 
-    def whole(self, param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """What all ranks have of a parameter in one; ``part`` where it is no part. Collective for parts."""
-        self._passes: dict[int, int] = {}  # of a step so far, per stage
-        cut = self.shards.cuts.get(param)
-        return part if cut is None else self.shards.whole(part, cut)
-
-    def randomness(self, replica: int, *, draws: bool) -> AbstractContextManager[None]:
-        """The random numbers of a forward pass on the samples of a data-parallel ``replica``."""
-        if not draws:
     def require_same_request(self, ids: Any, mask: Any, options: Mapping[str, Any]) -> None:
         """That all ranks are asked to generate the same, a user's generator included. Collective.
 
@@ -154,9 +154,30 @@ class PartRanks:
         states = {k: v.get_state() if isinstance(v, torch.Generator) else v for k, v in options.items()}
         require_same_inputs((ids, mask, states), self.shards.axis)
 
+    def whole(self, param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """What all ranks have of a parameter in one; ``part`` where it is no part. Collective for parts."""
+        cut = self.shards.cuts.get(param)
+        return part if cut is None else self.shards.whole(part, cut)
+
+    def randomness(self, replica: int, *, draws: bool) -> AbstractContextManager[None]:
+        """The random numbers of a forward pass on the samples of a data-parallel ``replica``."""
+        if not draws:
             return nullcontext()
         self.draws[1] += 1
         return seeded(self.shards.axis.device, *self.draws, replica)
+
+    def begin_step(self) -> None:
+        """A pipeline begins a step."""
+        self.draws[1] += 1
+        self._passes.clear()
+
+    def randomness_of_stage(self, stage: int, replica: int, *, draws: bool) -> AbstractContextManager[None]:
+        """The random numbers of a stage's next micro-batch in this step."""
+        if not draws:
+            return nullcontext()
+        number = self._passes.get(stage, 0)
+        self._passes[stage] = number + 1
+        return seeded(self.shards.axis.device, *self.draws, replica, stage, number)
 
 
 def require_same_inputs(inputs: Any, axis: Axis) -> None:
@@ -175,19 +196,6 @@ def require_same_inputs(inputs: Any, axis: Axis) -> None:
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             pairs = zip(everyone[0], theirs, strict=False)
-    def begin_step(self) -> None:
-        """A pipeline begins a step."""
-        self.draws[1] += 1
-        self._passes.clear()
-
-    def randomness_of_stage(self, stage: int, replica: int, *, draws: bool) -> AbstractContextManager[None]:
-        """The random numbers of a stage's next micro-batch in this step."""
-        if not draws:
-            return nullcontext()
-        number = self._passes.get(stage, 0)
-        self._passes[stage] = number + 1
-        return seeded(self.shards.axis.device, *self.draws, replica, stage, number)
-
             odd = next((place for (place, *mine), (_, *other) in pairs if mine != other), "their number")
             raise UsageError(
                 "tensor-parallel ranks are given different inputs",
@@ -198,6 +206,11 @@ def require_same_inputs(inputs: Any, axis: Axis) -> None:
             )
 
 
+def _described(leaf: Any) -> list[str]:
+    """What two equal leaves have in common, and others have not."""
+    return [str(tuple(leaf.shape)), _digest(leaf)] if isinstance(leaf, torch.Tensor) else ["", repr(leaf)]
+
+
 def _digest(tensor: torch.Tensor) -> str:
     """Of the values alone: a part of a larger batch is what it shows, not what its storage holds."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -205,8 +218,3 @@ def _digest(tensor: torch.Tensor) -> str:
     if content:
         torch.frombuffer(content, dtype=torch.uint8).copy_(flat)
     return hashlib.blake2b(content, digest_size=8).hexdigest()
-def _described(leaf: Any) -> list[str]:
-    """What two equal leaves have in common, and others have not."""
-    return [str(tuple(leaf.shape)), _digest(leaf)] if isinstance(leaf, torch.Tensor) else ["", repr(leaf)]
-
-

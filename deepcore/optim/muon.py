@@ -15,6 +15,7 @@ from deepcore.errors import ConfigError
 from deepcore.optim.orthogonal import METHODS, orthogonalize
 from deepcore.optim.ranges import out_of_range, require_at_least_zero, require_betas, require_fraction
 from deepcore.optim.segment_optimizer import SegmentOptimizer
+from deepcore.optim.shared_matrices import SharedMatrices
 from deepcore.sharding.placement import UpdateRule
 from deepcore.sharding.scattered import shape_of
 from deepcore.sharding.segments import SegmentBatch
@@ -91,6 +92,7 @@ class Muon(SegmentOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
         }
         self._rest = {"lr": _first(adam_lr, lr, 3e-4), "betas": tuple(betas), "eps": eps}
+        self.shared: SharedMatrices | None = None  # under an engine: matrices of which other ranks have parts
         super().__init__(params, {"weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -165,24 +167,57 @@ class Muon(SegmentOptimizer):
         """Every tensor of the batch is one parameter in its own shape; nothing is read back from the device."""
         due = (batch.active != 0) & (skip == 0)
         batch.steps.add_(due)
-        for group, indices in self._stacks(batch):
+        names = () if self.shared is None else self.shared.cuts.keys()
+        cut = [index for index, segment in enumerate(batch.table.segments) if segment.name in names]
+        for group, indices in self._stacks(batch, set(cut)):
             directions = [self._direction(batch, index, group, grad_scale, due[index]) for index in indices]
-            method, steps, dtype = group["ns_method"], group["ns_steps"], _DTYPES[group["ns_dtype"]]
-            stack = orthogonalize(torch.stack(directions), method=method, steps=steps, dtype=dtype)
+            stack = _orthogonal(group, torch.stack(directions))
             for index, ortho in zip(indices, stack, strict=True):
-                _apply(batch, index, group, ortho, due[index])
+                _apply(batch, index, group, ortho, tuple(ortho.shape), due[index])
+        if cut:
+            self._launch_parts(batch, cut, grad_scale, due)
 
-    def _stacks(self, batch: SegmentBatch) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
+    def _launch_parts(
+        self, batch: SegmentBatch, indices: list[int], grad_scale: torch.Tensor, due: torch.Tensor
+    ) -> None:
+        """Matrices of which other ranks have the other parts."""
+        shared = self.shared
+        assert shared is not None
+        names = [batch.table.segments[index].name for index in indices]
+        groups = [self.param_groups[batch.table.hyper_of[index]] for index in indices]
+        forms = [shared.cuts[name].shape for name in names]
+        shapes = [(form[0], math.prod(form[1:])) for form in forms]
+
+        def work(own: list[int], wholes: list[torch.Tensor]) -> list[torch.Tensor]:
+            alike: dict[tuple[int, tuple[int, int]], list[int]] = {}
+            for number, place in enumerate(own):
+                alike.setdefault((batch.table.hyper_of[indices[place]], shapes[place]), []).append(number)
+            found = dict[int, torch.Tensor]()
+            for (row, shape), numbers in alike.items():
+                for some in _bounded(numbers, math.prod(shape)):
+                    stack = torch.stack([wholes[number].flatten(1) for number in some])
+                    found.update(zip(some, _orthogonal(self.param_groups[row], stack).float(), strict=True))
+            return [found[number].view(forms[place]) for number, place in enumerate(own)]
+
+        given = [
+            self._direction(batch, index, group, grad_scale, due[index]).view(shared.cuts[name].part_shape)
+            for index, group, name in zip(indices, groups, names, strict=True)
+        ]
+        costs = [rows * columns * min(rows, columns) for rows, columns in shapes]
+        orthos = shared.mapped(names, given, costs, work)
+        for index, group, ortho, shape in zip(indices, groups, orthos, shapes, strict=True):
+            _apply(batch, index, group, ortho, shape, due[index])
+
+    def _stacks(self, batch: SegmentBatch, without: set[int]) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
         """The tensors of a batch by group and shape, as many together as ``STACK_NUMEL`` allows."""
         alike: dict[tuple[int, int, int], list[int]] = {}
         for index, segment in enumerate(batch.table.segments):
-            if segment.numel:
+            if segment.numel and index not in without:
                 rows = batch.params[index].shape[0]
                 alike.setdefault((batch.table.hyper_of[index], rows, segment.numel // rows), []).append(index)
         for (row, rows, columns), indices in alike.items():
-            most = max(1, STACK_NUMEL // (rows * columns))
-            for first in range(0, len(indices), most):
-                yield self.param_groups[row], indices[first : first + most]
+            for some in _bounded(indices, rows * columns):
+                yield self.param_groups[row], some
 
     def _direction(
         self, batch: SegmentBatch, index: int, group: Mapping[str, Any], scale: torch.Tensor, due: torch.Tensor
@@ -195,9 +230,29 @@ class Muon(SegmentOptimizer):
         return (g.lerp(momentum, mu) if group["nesterov"] else momentum).flatten(1)
 
 
-def _apply(batch: SegmentBatch, index: int, group: Mapping[str, Any], ortho: torch.Tensor, due: torch.Tensor) -> None:
-    """New weights of one matrix, where it is due."""
-    lr, (rows, columns), stored = float(group["lr"]), ortho.shape, batch.params[index]
+def _bounded(indices: list[int], numel: int) -> Iterator[list[int]]:
+    """As many at a time as ``STACK_NUMEL`` allows."""
+    most = max(1, STACK_NUMEL // numel)
+    for first in range(0, len(indices), most):
+        yield indices[first : first + most]
+
+
+def _orthogonal(group: Mapping[str, Any], matrices: torch.Tensor) -> torch.Tensor:
+    """``orthogonalize`` as a param_group says."""
+    dtype = _DTYPES[group["ns_dtype"]]
+    return orthogonalize(matrices, method=group["ns_method"], steps=group["ns_steps"], dtype=dtype)
+
+
+def _apply(
+    batch: SegmentBatch,
+    index: int,
+    group: Mapping[str, Any],
+    ortho: torch.Tensor,
+    shape: tuple[int, ...],
+    due: torch.Tensor,
+) -> None:
+    """New weights of one matrix, or of a part of one of ``shape``, where it is due."""
+    lr, (rows, columns), stored = float(group["lr"]), shape, batch.params[index]
     adjust = math.sqrt(max(1, rows / columns))
     if group["adjust_lr_fn"] == "match_rms_adamw":
         adjust = 0.2 * math.sqrt(max(rows, columns))

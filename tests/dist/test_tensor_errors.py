@@ -29,7 +29,6 @@ def refusals() -> dict[str, str]:
         model = more.pop("model", None) or build(0)
         return deepcore.initialize(model=model, config={**CUT, **config}, **more)[0]
 
-    attempt("muon", lambda: start({"optimizer": {"type": "Muon"}}))
     attempt("adafactor", lambda: start({}, optimizer=lambda params: torch.optim.Adafactor(params)))
     attempt("dtype", lambda: start({**SGD, "tensor_parallel": {"autotp_size": 2, "dtype": "fp16"}}))
 
@@ -59,7 +58,6 @@ def refusals() -> dict[str, str]:
 def test_what_does_not_go_together_is_refused() -> None:
     for found in run_ranks(2, refusals, timeout=120):
         assert found == {
-            "muon": "this optimizer needs whole tensors, and tensor parallelism cuts them",
             "adafactor": "this optimizer needs whole tensors, and tensor parallelism cuts them",
             "dtype": "tensor_parallel.dtype contradicts the training precision, which is fp32",
             "state": "the optimizer has state of whole tensors already, and tensor parallelism cuts them",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import deepcore
 from deepcore.optim import FusedAdam
 from tests.dist.pool import run_ranks
 from tests.parity.reference import Weights, worst_difference
-from tests.parity.selection import in_turns
+from tests.parity.selection import in_turns, only_nightly
 from tests.parity.speaker import batch, build
 
 STEPS = 10
@@ -32,6 +32,7 @@ class Case:
     low: str = ""
     overflow: int = -1  # the step in which one rank's part of a gradient is infinite
     optimizer: str = "AdamW"
+    more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world(self) -> int:
@@ -55,8 +56,13 @@ class Case:
                 "reduce_bucket_size": 900,
                 "stage3_param_persistence_threshold": 30,
             },
-            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}},
+            "optimizer": {"type": self.optimizer, "params": self.options},
         }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        rounds = {"ns_dtype": "fp32"} if self.optimizer == "Muon" else {}  # bf16 would make more of other sums' order
+        return {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4, **rounds, **self.more}
 
 
 def spoil(engine: Any) -> None:
@@ -99,9 +105,9 @@ def reference(case: Case) -> dict[str, Any]:
     """One process: the mean over the data ranks, in plain PyTorch but for the optimizer, whose step is given grads."""
     model = build(100, case.keys)
     trainable = [param for param in model.parameters() if param.requires_grad]
-    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}
-    kind = {"AdamW": FusedAdam, "Lamb": deepcore.optim.FusedLamb}[case.optimizer]
-    optimizer = kind(trainable, **options)
+    kind = {"AdamW": FusedAdam, "Lamb": deepcore.optim.FusedLamb, "Muon": deepcore.optim.Muon}[case.optimizer]
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    optimizer = kind(named if case.optimizer == "Muon" else trainable, **case.options)
     norms, losses = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -184,3 +190,18 @@ def test_lamb_has_the_norms_of_whole_tensors(stage: int) -> None:
 def test_half_precision_differs_by_its_rounding(low: str, stage: int) -> None:
     case = Case(stage, 1, 2, low=low, clip=0.5)
     check(case, run_ranks(2, train, case), limit=0.1)
+
+
+MUON = [
+    Case(1, 2, 2, optimizer="Muon", clip=0.5),
+    Case(0, 1, 2, optimizer="Muon"),
+    Case(2, 1, 4, optimizer="Muon", clip=0.5, accumulation=2),
+    Case(3, 2, 2, optimizer="Muon", more={"ns_method": "gram", "adjust_lr_fn": "match_rms_adamw"}),
+    Case(3, 1, 3, optimizer="Muon", more={"nesterov": False}),
+    Case(1, 1, 2, optimizer="Muon", overflow=1),
+]
+
+
+@pytest.mark.parametrize(("case", "hostile"), [*in_turns(MUON[:1]), *only_nightly(MUON[1:])])
+def test_muon_puts_its_matrices_together(case: Case, hostile: bool) -> None:
+    check(case, run_ranks(case.world, train, case, hostile=hostile))
