@@ -1,7 +1,7 @@
-"""Owns the benchmark of ``adam_``: one AdamW step, alone and as the whole optimizer phase of an engine.
+"""Owns the benchmark of ``adam_``: one AdamW step alone; ``bench_phase.py`` has all that an engine does around it.
 
 Knows nothing of the formula. Contenders of a case share one set of tensors, so that none has the better pages. Least
-traffic in fp32: gradient read, parameter and two moments read and written, 28 bytes an element; clipping reads 4 more.
+traffic in fp32: gradient read, parameter and two moments read and written, 28 bytes an element.
 """
 
 from __future__ import annotations
@@ -11,38 +11,29 @@ from typing import Any
 
 import torch
 
-import deepcore
 from benchmarks import tensors, traffic
 from benchmarks.harness import OURS, Options, Result, at_threads, compare
 from deepcore.optim.adam import FusedAdam
-from deepcore.optim.clip import judge
 from deepcore.optim.hyper import HyperTable
 from deepcore.sharding.segments import SegmentBatch
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-CLIP = 1.0
 
 
 def bench(options: Options) -> Iterator[Result]:
-    """The op and the phase, per list of sizes and thread count."""
+    """Per list of sizes and thread count."""
     for case, numels in tensors.sizes(options).items():
         if options.device == "cuda":
             numels = [max(1, numel // 2) for numel in numels]  # four buffers of each
         step = Step(numels, options)
         for threads in at_threads(options):
-            yield _measure(f"step {case}", step.runs(), numels, 28, options, threads)
-        del step
-        phase = Phase(numels, options)
-        for threads in at_threads(options):
-            yield _measure(f"clip+step {case}", phase.runs(), numels, 32, options, threads)
-        phase.end()
+            yield _measure(f"step {case}", step.runs(), numels, options, threads)
 
 
 def _measure(
     case: str,
     runs: dict[str, Callable[[], object]],
     numels: list[int],
-    per_element: int,
     options: Options,
     threads: int,
 ) -> Result:
@@ -52,7 +43,7 @@ def _measure(
     if case.endswith("large"):
         flats = [torch.zeros(numel, device=device) for _ in range(4)]
         limit = traffic.update(flats[0], flats[1], flats[2:])
-    return compare("adam", case, runs, options, params=params, nbytes=per_element * numel, limit=limit)
+    return compare("adam", case, runs, options, params=params, nbytes=28 * numel, limit=limit)
 
 
 def torch_adamw(
@@ -115,54 +106,3 @@ class Step:
             "torch fused": torch_adamw("fused", moments, device).step,
             "torch foreach": torch_adamw("foreach", moments, device).step,
         }
-
-
-class Weights(torch.nn.Module):
-    """A model that is nothing but its parameters."""
-
-    def __init__(self, params: list[torch.nn.Parameter]) -> None:
-        super().__init__()
-        self.weights = torch.nn.ParameterList(params)
-
-    def forward(self) -> torch.Tensor:
-        return torch.stack([weight.sum() for weight in self.weights]).sum()
-
-
-class Phase:
-    """What an engine does once gradients are reduced: norm, non-finite check, clipping, update."""
-
-    def __init__(self, numels: list[int], options: Options) -> None:
-        self.params = [torch.nn.Parameter(tensors.normal(numel, options)) for numel in numels]
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_clipping": CLIP,
-            "optimizer": {"type": "AdamW", "params": {**HYPER, "betas": list(HYPER["betas"])}},
-        }
-        self.engine, *_ = deepcore.initialize(model=Weights(self.params), config=config)
-        self.engine.backward(self.engine())
-        self.core = self.engine.core
-        for grads in self.core.strategy.arena.grads:
-            grads.normal_(std=1e-3)
-
-    def ours(self) -> None:
-        """As ``TrainCore.optimizer_step`` does it."""
-        verdict = judge(self.core.strategy.measure(), max_norm=CLIP, unscale=1.0)
-        self.core.optimizer.update(verdict.grad_scale, verdict.skip)
-        self.core.strategy.publish()
-
-    def runs(self) -> dict[str, Callable[[], object]]:
-        """The contenders, on the engine's own parameters, gradients and moments."""
-        state = self.engine.optimizer.state
-        moments = {param: (state[param]["exp_avg"], state[param]["exp_avg_sq"]) for param in self.params}
-        fused = torch_adamw("fused", moments, self.engine.device.type)
-
-        def theirs() -> None:
-            torch.nn.utils.clip_grad_norm_(self.params, CLIP, foreach=True)
-            fused.step()
-
-        return {OURS: self.ours, "torch clip+fused": theirs}
-
-    def end(self) -> None:
-        """Free the engine, and leave the world of one that it formed."""
-        self.engine.destroy()
-        deepcore.comm.destroy_process_group()

@@ -234,7 +234,10 @@ PARTS: dict[int, list[Task]] = {
         Task("host syncs bf16", lambda session: syncs(session, dtype="bf16")),
         Task("CUDA graph, 4 tensors", lambda session: graphs(session, num_tensors=4)),
         Task("CUDA graph, 1000 tensors", lambda session: graphs(session, num_tensors=1000)),
-        Task("benchmarks of the ops", lambda session: benchmarks(session, "adam", "grad_stats", "flatten", "bucket")),
+        Task(
+            "benchmarks of the ops",
+            lambda session: benchmarks(session, "adam", "phase", "grad_stats", "flatten", "bucket"),
+        ),
         Task("benchmark of a step", lambda session: benchmarks(session, "step")),
     ],
 }

@@ -4,6 +4,7 @@
 
 #include "core/cpu_dispatch.h"
 #include "core/dtype.h"
+#include "grad_stats/grad_stats.h"
 
 namespace deepcore {
 
@@ -18,8 +19,11 @@ struct BucketArgs {
     bool streaming;  // CPU: write around the caches
 };
 
-// Elements [begin, end) of out.
-DEEPCORE_FOR_EACH_ISA(void bucket_range(const BucketArgs& args, int64_t begin, int64_t end) noexcept;)
+// bucket_range: elements [begin, end) of out. bucket_chunks: chunks [begin, end) of a table over out, the one tensor of
+// `stats`, and their sums of squares, in the order of grad_stats_chunks, while they are in the caches.
+DEEPCORE_FOR_EACH_ISA(void bucket_range(const BucketArgs& args, int64_t begin, int64_t end) noexcept;
+                      void bucket_chunks(const BucketArgs& args, const GradStatsArgs& stats, int64_t begin,
+                                         int64_t end) noexcept;)
 
 // On a CUDA stream. Returns null, or the CUDA runtime's text for what went wrong.
 const char* launch_bucket(const BucketArgs& args, void* stream) noexcept;

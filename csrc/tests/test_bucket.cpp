@@ -7,6 +7,7 @@
 
 #include "bucket/bucket_math.h"
 #include "check.h"
+#include "core/lanes.h"
 #include "variants.h"
 
 using namespace deepcore;
@@ -86,6 +87,53 @@ void every_kind_of_sum_is_exact() {
     }
 }
 
+// Chunks give what ranges give, and the squares of that by the definition; what lies between segments is left alone.
+template <class To>
+void squares_are_those_of_the_sums(DType dtype, bool accumulate, bool streaming) {
+    constexpr int64_t kNumel = kChunkNumel + 200, kParts = 2;
+    const Segment segments[] = {{0, 3, kChunkNumel + 5, 0, 0}, {0, kChunkNumel + 64, 100, 0, 2}};
+    deepcore_test::Random random;
+    std::vector<float> parts(kNumel * kParts);
+    std::vector<To> sums(kNumel);
+    for (float& value : parts) value = random.uniform();
+    for (To& value : sums) store(&value, random.uniform());
+    std::vector<To> out = sums;
+    const std::vector<To> before = sums;
+
+    BucketArgs args = {dtype, DType::f32, sums.data(), parts.data(), kNumel, kParts, 0, false, accumulate, false};
+    set_divisor(args, 3);
+    DEEPCORE_PICK(bucket_range)(args, 0, kNumel);
+    double partials[3] = {}, expected[3] = {};
+    GradStatsArgs stats = {};
+    stats.segments = segments;
+    stats.num_segments = 2;
+    stats.partials = partials;
+    args.out = out.data();
+    args.streaming = streaming;
+    for (int64_t chunk = 0; chunk < 3; ++chunk) DEEPCORE_PICK(bucket_chunks)(args, stats, chunk, chunk + 1);
+
+    std::vector<To> want = before;
+    for_each_chunk(segments, 2, 0, 3, [&](int64_t, int64_t chunk, Span span) {
+        double lanes[kLanes] = {}, value;
+        for (int64_t i = span.begin; i < span.end; ++i) {
+            want[i] = sums[i];
+            load(&sums[i], value);
+            lanes[(i - span.begin) % kLanes] += value * value;
+        }
+        expected[chunk] = fold_lanes(lanes);
+    });
+    CHECK(memcmp(partials, expected, sizeof expected) == 0);
+    CHECK(memcmp(out.data(), want.data(), kNumel * sizeof(To)) == 0);
+}
+
+void every_kind_of_square_is_exact() {
+    for (bool accumulate : {false, true}) {
+        squares_are_those_of_the_sums<float>(DType::f32, accumulate, !accumulate);
+        squares_are_those_of_the_sums<bf16>(DType::bf16, accumulate, !accumulate);
+        squares_are_those_of_the_sums<f16>(DType::f16, accumulate, false);
+    }
+}
+
 // Where set_divisor multiplies instead, the bits are those of a division, down to subnormals and up to infinity.
 void powers_of_two_divide_exactly() {
     deepcore_test::Random random;
@@ -108,6 +156,9 @@ void powers_of_two_divide_exactly() {
 
 int main() {
     powers_of_two_divide_exactly();
-    CHECK(deepcore_test::for_each_variant([](const char*) { every_kind_of_sum_is_exact(); }) > 0);
+    CHECK(deepcore_test::for_each_variant([](const char*) {
+              every_kind_of_sum_is_exact();
+              every_kind_of_square_is_exact();
+          }) > 0);
     return deepcore_test::result();
 }

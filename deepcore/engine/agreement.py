@@ -103,6 +103,9 @@ class StageAgreement(Agreement):
         works = [tie.axis.all_reduce(self._arena.grads[group]) for tie in self._ties for group in tie.groups]
         for work in works:
             work.wait()
+        for tie in self._ties:
+            for group in tie.groups:
+                self._arena.rewritten(group)
 
     def complete(self, statistics: GradientStatistics) -> GradientStatistics:
         found = _completed(statistics, self._axis, self._arena.device, self._first, self._share_use)

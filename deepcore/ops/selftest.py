@@ -78,6 +78,10 @@ def _bucket_sum(device: torch.device) -> Arguments:
     return [_RAMP.to(device, torch.bfloat16), torch.cat((_RAMP, _RAMP * 2, _RAMP * -5)).to(device), True, 3.0]
 
 
+def _bucket_sum_squares(device: torch.device) -> Arguments:
+    return [*_bucket_sum(device), *_segments(device)]
+
+
 def _cast(device: torch.device) -> Arguments:
     return [
         torch.zeros(_NUMEL, dtype=torch.bfloat16, device=device),
@@ -147,6 +151,7 @@ ARGUMENTS: dict[str, Callable[[torch.device], Arguments]] = {
     "flatten_": _flatten,
     "unflatten_": _unflatten,
     "bucket_sum_": _bucket_sum,
+    "bucket_sum_squares_": _bucket_sum_squares,
     "cast_": _cast,
     "grad_stats": _grad_stats,
     "adam_": _adam,

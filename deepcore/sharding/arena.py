@@ -6,7 +6,6 @@ Knows nothing of collectives or formulas; optimizers see it as batches of segmen
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 
@@ -31,6 +30,8 @@ class ShardArena(UpdateArena):
         batches: one per combination of dtypes; together they cover every element of the shards once.
         counted: bool (P,), the parameters whose gradients this rank adds to the global norm; None: all. One that
             ranks with other parameters hold too is counted by one of them.
+        passed: fp64 (S,) per group, where the gradients came last: the sum of squares of each segment of the shard,
+            taken in the pass that wrote it. It stands while nobody else writes there.
     """
 
     def __init__(self, groups: Sequence[FlatGroup], rank: int | None) -> None:
@@ -59,6 +60,8 @@ class ShardArena(UpdateArena):
         self.usage = torch.zeros(len(self.names), dtype=torch.uint8, device=self.device)
         self.batches: list[SegmentBatch] = []
         self.params_of: list[torch.Tensor] = []
+        self.passed: dict[int, torch.Tensor] = {}
+        self._tables: dict[tuple[int, ...], tuple[SegmentTable, torch.Tensor]] = {}
         self._make_batches()
 
     def _hold(self, group: FlatGroup, weights: torch.Tensor, master: torch.Tensor | FileColumn | None) -> None:
@@ -70,8 +73,7 @@ class ShardArena(UpdateArena):
 
     def _make_batches(self) -> None:
         for members in self._members_by_kind():
-            shards = [(index, 0, self.masters[index].numel()) for index in members]
-            table, params_of = self._table(shards, self.masters[members[0]].device)
+            table, params_of = self.table_of(members)
             self._add_batch(
                 SegmentBatch(
                     params=[self.masters[index] for index in members],
@@ -109,6 +111,13 @@ class ShardArena(UpdateArena):
                 params_of.append(first_param[index] + part.slot)
         table = SegmentTable(segments, len(runs), device)
         return table, torch.tensor(params_of, dtype=torch.int64, device=device)
+
+    def table_of(self, members: Sequence[int]) -> tuple[SegmentTable, torch.Tensor]:
+        """Segments of whole shards, a tensor each, and their parameters, on the device."""
+        key = tuple(members)
+        if key not in self._tables:
+            self._tables[key] = self._table([(number, 0, self.grads[number].numel()) for number in key], self.device)
+        return self._tables[key]
 
     def master_run(self, number: int, low: int, high: int) -> torch.Tensor:
         """Elements of the master shard of a group: a view where it is in memory; ``store_master`` writes anywhere."""
@@ -158,19 +167,46 @@ class ShardArena(UpdateArena):
                 copy.copy_(self.master_run(number, 0, copy.numel()))
         self.send()
 
-    @contextmanager
-    def receiving(self, number: int, *, keep: bool) -> Iterator[torch.Tensor]:
-        """The tensor on the device into which group ``number`` is reduced; ``keep``: the sum so far is in it."""
-        yield self.grads[number]
+    def receive(self, number: int, parts: torch.Tensor, *, keep: bool, divisor: float, last: bool) -> None:
+        """Put the sum of what the ranks sent for this rank's shard of a group there, divided.
+
+        Args:
+            number: of the group.
+            parts: 1-D (ranks * n,) on the device, in rank order.
+            keep: add to the sum so far.
+            divisor: of the sum of ``parts``.
+            last: nothing more is expected before the step, so squares are taken in passing.
+        """
+        self._sum(number, self.grads[number], parts, keep=keep, divisor=divisor, last=last)
+
+    def _sum(
+        self, number: int, shard: torch.Tensor, parts: torch.Tensor, *, keep: bool, divisor: float, last: bool
+    ) -> None:
+        self.rewritten(number)
+        if not last:
+            torch.ops.deepcore.bucket_sum_(shard, parts, keep, divisor)
+            return
+        table, _ = self.table_of([number])
+        self.passed[number] = torch.ops.deepcore.bucket_sum_squares_(
+            shard, parts, keep, divisor, table.rows, table.chunk_offsets
+        )
 
     def rewritten(self, number: int) -> None:
-        """Gradients of group ``number`` were written by hand."""
+        """Gradients of group ``number`` were written: what was seen of them in passing is old."""
+        self.passed.pop(number, None)
 
     def squares(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Of all gradients, on the device: (parameter of each segment, its sum of squares, the sum of those)."""
-        for batch, params_of in zip(self.batches, self.params_of, strict=True):
-            table = batch.table
-            squares, summary = torch.ops.deepcore.grad_stats(batch.grads, table.rows, table.chunk_offsets)
+        for members in self._members_by_kind():
+            table, params_of = self.table_of(members)
+            if not len(table):
+                continue
+            if all(number in self.passed for number in members):
+                squares = torch.cat([self.passed[number] for number in members])
+                yield params_of, squares, squares.cumsum(0)[-1]  # one by one, as the kernel does on a CPU
+                continue
+            grads = [self.grads[number] for number in members]
+            squares, summary = torch.ops.deepcore.grad_stats(grads, table.rows, table.chunk_offsets)
             yield params_of, squares, summary[0]
 
     @property

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -119,20 +118,16 @@ class GradReducer:
     def launch_shard(
         self,
         wire: torch.Tensor,
-        into: Callable[[], AbstractContextManager[torch.Tensor]],
+        deliver: Callable[[torch.Tensor], None],
         *,
-        accumulate: bool,
-        divisor: float,
         what: str,
         done: Callable[[], None],
     ) -> None:
-        """Begin to put this rank's shard of the sum of ``wire`` over the axis where ``into`` says, divided.
+        """Begin to bring this rank's shards of ``wire`` from all ranks of the axis together.
 
         Args:
             wire: 1-D (size * n,), in the dtype that travels; not to be touched until ``done`` is called.
-            into: gives the target, 1-D (n,), while it is written.
-            accumulate: add to what is there.
-            divisor: of the sum.
+            deliver: is given them, 1-D (size * n,), in rank order; it sums them.
             what: of whom, for errors.
             done: called when ``wire`` is free again.
         """
@@ -140,8 +135,7 @@ class GradReducer:
         work = self.axis.all_to_all_into(landing, wire, what=what)
 
         def complete() -> None:
-            with into() as out:
-                torch.ops.deepcore.bucket_sum_(out, landing, accumulate, divisor)
+            deliver(landing)
             if landing is not wire:
                 self.buffers.give(landing)
             done()

@@ -41,7 +41,7 @@ def read_gradients(arena: ShardArena) -> torch.Tensor:
     for params_of, squares, total in arena.squares():
         totals.append(total if own is None else torch.where(own[params_of], squares, 0.0).sum())
         vector[1:].index_add_(0, params_of, (~torch.isfinite(squares)).double(), alpha=SPOILT)
-    vector[0] = torch.stack(totals).sum()
+    vector[0] = torch.stack(totals).sum() if totals else 0.0  # a small model's last shards are padding
     return vector
 
 

@@ -17,7 +17,7 @@ from deepcore.sharding.file_store import FileColumn
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.homes import Homes
 from deepcore.sharding.host import CPU, Lane, Trip
-from deepcore.sharding.segments import SegmentBatch, SegmentTable, fresh_counts
+from deepcore.sharding.segments import SegmentBatch, fresh_counts
 from deepcore.sharding.sharded_group import ShardedGroup
 
 
@@ -124,29 +124,20 @@ class TiledArena(ShardArena):
 
     # --- gradients ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def receiving(self, number: int, *, keep: bool) -> Iterator[torch.Tensor]:
+    def receive(self, number: int, parts: torch.Tensor, *, keep: bool, divisor: float, last: bool) -> None:
         if not self.apart:
-            yield self.grads[number]
+            super().receive(number, parts, keep=keep, divisor=divisor, last=last)
             return
-        with self._shards.open(number, keep=keep) as target:
-            yield target
-
-    def rewritten(self, number: int) -> None:
-        self._shards.forget(number)
+        with self._shards.open(number, keep=keep) as shard:
+            self._sum(number, shard, parts, keep=keep, divisor=divisor, last=last)
 
     def squares(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for members in self._members_by_kind():
-            if self.apart:
-                found = [self._shards.squares(number) for number in members]
-                squares = torch.cat([squares for squares, _ in found])
-                if len(squares):  # summed one by one, as the kernel does on a CPU
-                    yield torch.cat([params_of for _, params_of in found]), squares, squares.cumsum(0)[-1]
-                continue
-            table, params_of = self._shards.table(members)
-            grads = [self.grads[number] for number in members]
-            squares, summary = torch.ops.deepcore.grad_stats(grads, table.rows, table.chunk_offsets)
-            yield params_of, squares, summary[0]
+        if self.apart:
+            for number in range(len(self.groups)):
+                if number not in self.passed:  # written on the host, or not reduced for the last time
+                    self._shards.arrive(number)
+                    self.passed[number] = self._shards.read(number)
+        return super().squares()
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -209,14 +200,12 @@ class TiledArena(ShardArena):
 
 
 class _Inbox:
-    """The way of reduced shards from the device to the host, and what was seen of them in passing."""
+    """The way of reduced shards from the device to the host."""
 
     def __init__(self, arena: TiledArena) -> None:
         self._arena = arena
         self._lane = Lane(arena.device)
         self._trips: dict[int, Trip] = {}
-        self._squares: dict[int, torch.Tensor] = {}
-        self._tables: dict[tuple[int, ...], tuple[SegmentTable, torch.Tensor]] = {}
         self._rings: dict[torch.dtype, list[tuple[torch.Tensor, Trip | None]]] = {}
 
     @contextmanager
@@ -228,7 +217,6 @@ class _Inbox:
         if keep:  # behind the copies that brought it there: they share the lane
             self._lane.copy(buffer, home).wait()
         yield buffer
-        self._squares[number] = self._read(number, buffer)
         trip = self._lane.copy(home, buffer)
         self._trips[number] = trip
         self._rings[home.dtype].append((whole, trip))
@@ -244,31 +232,12 @@ class _Inbox:
             trip.wait()
         return buffer
 
-    def _read(self, number: int, shard: torch.Tensor) -> torch.Tensor:
-        table, _ = self.table([number])
+    def read(self, number: int) -> torch.Tensor:
+        """The squares of a shard that is on the host, per segment."""
+        table, _ = self._arena.table_of([number])
+        shard = self._arena.grads[number].to(self._arena.device)
         squares: torch.Tensor = torch.ops.deepcore.grad_stats([shard], table.rows, table.chunk_offsets)[0]
         return squares
-
-    def table(self, members: Sequence[int]) -> tuple[SegmentTable, torch.Tensor]:
-        """Segments of whole shards, and their parameters, on the device."""
-        key = tuple(members)
-        if key not in self._tables:
-            arena = self._arena
-            runs = [(number, 0, arena.grads[number].numel()) for number in members]
-            self._tables[key] = arena._table(runs, arena.device)
-        return self._tables[key]
-
-    def squares(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per segment of a shard: the sum of squares, and its parameter."""
-        _, params_of = self.table([number])
-        if number not in self._squares:  # written on the host, or never reduced
-            self.arrive(number)
-            self._squares[number] = self._read(number, self._arena.grads[number].to(self._arena.device))
-        return self._squares[number], params_of
-
-    def forget(self, number: int) -> None:
-        """The host's shard was written: what was seen of it in passing is old."""
-        self._squares.pop(number, None)
 
     def arrive(self, number: int) -> None:
         """Return when the host may read and write its shard."""

@@ -68,7 +68,7 @@ class ShardedGradients(ZeroStrategy):
         self._window.set_divisor(divisor, [gradients.flat for gradients in self._held])
 
     def begin_backward(self, *, boundary: bool, hold: bool) -> None:
-        self._window.begin(reduce=self.reduces(boundary) and not hold)
+        self._window.begin(reduce=self.reduces(boundary) and not hold, boundary=boundary)
         self._hooks.begin(self._window.reducing)
 
     def finish_backward(self) -> None:
@@ -80,6 +80,7 @@ class ShardedGradients(ZeroStrategy):
 
     def make_boundary(self) -> None:
         if self._window.unreduced:
+            self._window.is_last = True
             for number in reversed(range(len(self.groups))):
                 self._group_ready(number)
             self._complete()

@@ -25,6 +25,7 @@ class ShardWindow:
     Attributes:
         reducing: whether the backward pass under way ends in a reduction.
         unreduced: whether local gradients exist that no reduction has taken.
+        is_last: whether a step is expected after this reduction, as far as is known.
     """
 
     def __init__(self, arena: ShardArena) -> None:
@@ -34,6 +35,7 @@ class ShardWindow:
         self._used = [[False] * len(group.params) for group in arena.groups]
         self.reducing = False
         self.unreduced = False
+        self.is_last = False
 
     def set_divisor(self, divisor: float, unreduced: Iterable[torch.Tensor]) -> None:
         """Divide sums by ``divisor`` from now on; local sums made under another one are brought to it."""
@@ -42,8 +44,8 @@ class ShardWindow:
                 flat.mul_(divisor / self._divisor)
         self._divisor = divisor
 
-    def begin(self, reduce: bool) -> None:
-        self.reducing = reduce
+    def begin(self, reduce: bool, *, boundary: bool) -> None:
+        self.reducing, self.is_last = reduce, boundary
         self.unreduced = True
 
     def note_use(self, number: int, live: Sequence[bool]) -> None:
@@ -54,9 +56,10 @@ class ShardWindow:
         self, reducer: GradReducer, number: int, wire: torch.Tensor, done: Callable[[], None] = lambda: None
     ) -> None:
         """Reduce ``wire`` into this rank's shard of group ``number``, on top of what the window put there."""
-        keep, what = self._holds[number], self._arena.groups[number].label
-        into = partial(self._arena.receiving, number, keep=keep)
-        reducer.launch_shard(wire, into, accumulate=keep, divisor=self._divisor, what=what, done=done)
+        deliver = partial(
+            self._arena.receive, number, keep=self._holds[number], divisor=self._divisor, last=self.is_last
+        )
+        reducer.launch_shard(wire, deliver, what=self._arena.groups[number].label, done=done)
         self._holds[number] = True
 
     def gradient(self, number: int, index: int, local: torch.Tensor | None) -> WindowGradient:
@@ -75,6 +78,7 @@ class ShardWindow:
     def clear(self) -> None:
         self._holds = [False] * len(self._holds)
         self._used = [[False] * len(flags) for flags in self._used]
+        self._arena.passed.clear()
         self.reduced()
 
 

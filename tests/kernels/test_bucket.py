@@ -1,4 +1,4 @@
-"""Owns the comparison of the native ``bucket_sum_`` with its reference, bit for bit.
+"""Owns the comparison of the native bucket ops with their references, bit for bit but for the order of squares.
 
 Knows nothing of collectives.
 """
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from deepcore.ops.reference import bucket as reference
-from tests.kernels.tables import FLOATS, ODD_SIZES, same_bits, tensor
+from deepcore.ops.reference.segments import CHUNK_NUMEL
+from tests.kernels.tables import FLOATS, ODD_SIZES, same_bits, table, tensor
 
 F32, BF16, F16 = FLOATS
 DIVISORS = (1.0, 3.0, 1.5)
@@ -130,6 +131,87 @@ def test_opcheck(best: str, numel: int) -> None:
         (tensor(numel, BF16), tensor(3 * numel, F32), True, 3.0),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def with_squares(
+    numel: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    *,
+    accumulate: bool,
+    num_parts: int = 2,
+    offsets: tuple[int, int] = (0, 0),
+) -> None:
+    """``bucket_sum_squares_`` is ``bucket_sum_`` and then ``grad_stats``; gaps between segments stay as they are."""
+    cuts = [(0, 3, numel // 2, 0), (0, 3 + numel // 2, 0, 0), (0, numel // 2 + 64, numel - numel // 2 - 64, 0)]
+    rows, chunk_offsets = table(cuts, 1)
+    parts = tensor(numel * num_parts, dtypes[1], offset=offsets[1], seed=1, scale=9.0)
+    inside = slice(offsets[0], offsets[0] + numel)
+    before, got, full, want = (tensor(offsets[0] + numel + 5, dtypes[0], seed=2) for _ in range(4))
+    call = (parts, accumulate, 3.0)
+    squares = torch.ops.deepcore.bucket_sum_squares_(got[inside], *call, rows, chunk_offsets)
+    torch.ops.deepcore.bucket_sum_(full[inside], *call)
+    covered = torch.zeros(len(got), dtype=torch.bool)
+    for _, begin, length, _ in cuts:
+        covered[inside][begin : begin + length] = True
+    assert same_bits(got, torch.where(covered, full, before))
+    assert same_bits(squares, torch.ops.deepcore.grad_stats([got[inside]], rows, chunk_offsets)[0])
+    by_reference = reference.bucket_sum_squares_(want[inside], *call, rows, chunk_offsets)
+    assert same_bits(got, want)
+    torch.testing.assert_close(squares, by_reference, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("out_dtype", "part_dtype"), list(itertools.product(FLOATS, FLOATS)), ids=str)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_squares_in_passing(isa: str, accumulate: bool, out_dtype: torch.dtype, part_dtype: torch.dtype) -> None:
+    with_squares(2 * CHUNK_NUMEL + 300, (out_dtype, part_dtype), accumulate=accumulate)
+    with_squares(200, (out_dtype, part_dtype), accumulate=accumulate, num_parts=1, offsets=(1, 2))
+
+
+def test_squares_in_passing_when_streamed(isa: str) -> None:
+    with_squares(STREAMED, (F32, BF16), accumulate=False, num_parts=1, offsets=(3, 1))
+
+
+def test_squares_tell_what_is_not_finite(best: str) -> None:
+    rows, chunk_offsets = table([(0, 0, 10, 0), (0, 10, 10, 0), (0, 20, 0, 0)], 1)
+    parts = torch.ones(40)
+    parts[33] = math.inf
+    squares = torch.ops.deepcore.bucket_sum_squares_(torch.zeros(20), parts, True, 1.0, rows, chunk_offsets)
+    assert squares.tolist() == [40.0, math.inf, 0.0]
+
+
+def test_squares_of_no_segment(best: str) -> None:
+    out = torch.ones(8)
+    rows, chunk_offsets = table([], 1)
+    assert torch.ops.deepcore.bucket_sum_squares_(out, torch.zeros(8), False, 1.0, rows, chunk_offsets).shape == (0,)
+    assert out.tolist() == [1.0] * 8
+
+
+def test_threads_do_not_change_a_bit_of_squares(best: str, threads: None) -> None:
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        rows, chunk_offsets = table([(0, 0, 1_000_003, 0)], 1)
+        parts = tensor(2 * 1_000_003, F32, seed=1)
+        squares = torch.ops.deepcore.bucket_sum_squares_(tensor(1_000_003, F32), parts, True, 2.0, rows, chunk_offsets)
+        results.append(squares)
+    assert same_bits(results[0], results[1])
+
+
+def test_opcheck_of_squares(best: str) -> None:
+    rows, chunk_offsets = table([(0, 0, 5, 0), (0, 6, 6, 0)], 1)
+    torch.library.opcheck(
+        torch.ops.deepcore.bucket_sum_squares_.default,
+        (tensor(12, BF16), tensor(36, F32), True, 3.0, rows, chunk_offsets),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_segments_outside_are_named(best: str) -> None:
+    rows, chunk_offsets = table([(0, 0, 5, 0), (0, 6, 7, 0)], 1)
+    out = torch.ones(12)
+    with pytest.raises(RuntimeError, match=r"segments\[1\]: got begin 6 and numel 7, expected a range inside tensor 0"):
+        torch.ops.deepcore.bucket_sum_squares_(out, torch.zeros(12), False, 1.0, rows, chunk_offsets)
+    assert out.tolist() == [1.0] * 12
 
 
 ZEROS = torch.zeros(12)
