@@ -95,7 +95,7 @@ def _from_script(script: str) -> Any:
 
 def _memory(args: argparse.Namespace) -> int:
     from deepcore.config import load
-    from deepcore.plan.memory import plan_memory, table
+    from deepcore.plan.memory import headline, plan_memory, table
 
     model = _from_script(args.script)
     config = load(args.config)
@@ -104,6 +104,5 @@ def _memory(args: argparse.Namespace) -> int:
     for stage in STAGES if args.stage is None else (args.stage,):
         section = {**(zero if isinstance(zero, dict) else {}), "stage": stage}
         plans.append(plan_memory(model, {**config, "zero_optimization": section}, world_size=args.ranks))
-    sys.stdout.write(f"{plans[0].num_params / 1e6:,.1f}M parameters; GB (1e9 bytes) per rank, without activations\n")
-    sys.stdout.write(table(plans) + "\n")
+    sys.stdout.write(f"{headline(plans[0])}\n{table(plans)}\n")
     return 0

@@ -17,7 +17,8 @@ from deepcore.base.log import logger
 from deepcore.comm.exchange import gather_records
 from deepcore.comm.mesh import Axis, Mesh
 from deepcore.config import Settings
-from deepcore.engine.placement import require_same_model
+from deepcore.engine.placement import require_same_model, require_stage
+from deepcore.engine.twin import twin_on_meta
 from deepcore.errors import ConfigError, UsageError
 from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer
@@ -46,28 +47,25 @@ def cut_model(model: torch.nn.Module, mesh: Mesh, settings: Settings) -> TensorS
         return None
     require_offered(model, settings)
     require_same_model(model, mesh.tp)
-    plan = make_plan(model, mesh.tp.size, settings.tensor_parallel)
+    in_parts = any(scattered.find(param) is not None for param in model.parameters())
+    plan = make_plan(twin_on_meta(model) if in_parts else model, mesh.tp.size, settings.tensor_parallel)
     if mesh.world.rank == 0 and mesh.tp.group is not None:
         logger().info("\n".join(plan.lines()))
-    return TensorShards(model, mesh.tp, plan)
+    return TensorShards(model, mesh.tp, plan, mesh.zero_axis)
 
 
 def require_offered(model: torch.nn.Module, settings: Settings) -> None:
     """Raise ConfigError where the layout, or how the model was built, does not go with tensor parallelism."""
-    if settings.sequence_parallel_size > 1:
+    require_stage(model, settings.zero_optimization.stage)
+    tensor, sequence = settings.tensor_parallel.size, settings.sequence_parallel_size
+    if sequence > 1:
+        ranks = tensor * sequence
         raise ConfigError(
             "tensor and sequence parallelism are not offered together yet",
-            got=f"{settings.tensor_parallel.size} tensor-parallel x {settings.sequence_parallel_size} sequence ranks",
+            got=f"{tensor} tensor-parallel x {sequence} sequence ranks",
             expected="one of them",
-            do="use all of these ranks for sequence_parallel_size with ZeRO stage 3, or for autotp_size",
-        )
-    name = next((name for name, param in model.named_parameters() if scattered.find(param) is not None), None)
-    if name is not None:
-        raise ConfigError(
-            "a model that was built under zero.Init cannot be cut over tensor-parallel ranks",
-            got=f"parameter '{name}' in parts",
-            expected="whole parameters, on the CPU if they are large: only the parts go to the device",
-            do="build the model outside of deepcore.zero.Init (or with enabled=False)",
+            do=f'set "sequence_parallel_size": {ranks} with "zero_optimization": {{"stage": 3}}, which cuts weights as '
+            f'well, and remove autotp_size; or "autotp_size": {ranks} and no sequence_parallel_size',
         )
 
 

@@ -46,7 +46,7 @@ def cut_stages(model: PipelineModule, mesh: Mesh, settings: Settings) -> TensorS
             f"stages {model.placement.stages_of(rank)}: " if mesh.pp.size > 1 else "" for rank in range(len(told))
         )
         logger().info("\n".join(stage + "\n".join(part["lines"]) for stage, part in zip(stages, told, strict=True)))
-    return TensorShards(model, mesh.tp, plan)
+    return TensorShards(model, mesh.tp, plan, mesh.zero_axis)
 
 
 def _plan(model: PipelineModule, mesh: Mesh, section: TensorParallel) -> TensorPlan:

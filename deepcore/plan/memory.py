@@ -6,7 +6,7 @@ Knows nothing of formulas for a stage: it builds the engine's own parts on the m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from deepcore.comm.setup import World
 from deepcore.config import Settings, load, parse
 from deepcore.engine.assemble import Parts, bind_optimizer, build_parts
 from deepcore.engine.tensor import cut_model
+from deepcore.engine.twin import twin_on_meta
 from deepcore.errors import ConfigError
 from deepcore.optim.client import ClientOptimizer
-from deepcore.sharding import scattered
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.sharded_group import ShardedGroup
 from deepcore.sharding.update_arena import UpdateArena
@@ -33,7 +33,9 @@ class MemoryPlan:
     """Bytes of one rank; activations are the model's own affair and not among them.
 
     Attributes:
-        stage, world_size, num_params: of what was planned.
+        stage, world_size, num_params: of what was planned: the whole model, all ranks.
+        sharing: tensor-parallel ranks that share layers; 1 where none are cut.
+        num_held: parameters of this rank's layers, a part of those that are cut; its shards are of these.
         weights: parameters and buffers, whole or this rank's shards, in the dtype that the model computes in.
         masters: weights in higher precision that the optimizer updates; 0 where the weights are that themselves.
         gradients: reduced gradients of this rank's shards, or of everything at stage 0.
@@ -46,6 +48,8 @@ class MemoryPlan:
     stage: int
     world_size: int
     num_params: int
+    sharing: int
+    num_held: int
     weights: int
     masters: int
     gradients: int
@@ -87,56 +91,30 @@ def plan_memory(model: torch.nn.Module, config: Any, *, world_size: int, rank: i
 
 
 def _planned(model: torch.nn.Module, settings: Settings, world_size: int, rank: int) -> MemoryPlan:
-    ghost = _on_meta(model)
+    ghost = twin_on_meta(model)
+    num_params = sum(param.numel() for param in ghost.parameters())
     world = World(rank, world_size, rank, world_size, META, "none", owned=False)
     mesh = Mesh.unconnected(world, sp=settings.sequence_parallel_size, tp=settings.tensor_parallel.size)
     shards = cut_model(ghost, mesh, settings)
     parts = build_parts(ghost, None, None, world, mesh, settings, shards=shards)
     arena = bind_optimizer(parts, lambda: None, replicate=settings.zero_optimization.replicate_optimizer)
-    return _count(ghost, parts, arena, settings)
-
-
-def _on_meta(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the modules and their tensors, tied ones included, that has no memory. Other attributes are shared."""
-    tensors: dict[torch.Tensor, torch.Tensor] = {}
-    modules: dict[torch.nn.Module, torch.nn.Module] = {}
-
-    def ghost(module: torch.nn.Module) -> torch.nn.Module:
-        if module in modules:
-            return modules[module]
-        twin: torch.nn.Module = modules.setdefault(module, module.__class__.__new__(module.__class__))
-        # Its own dicts of parameters and hooks; what they hold is the original's, tensors and children excepted.
-        twin.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
-        for table in (twin._parameters, twin._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    if tensor not in tensors:
-                        tensors[tensor] = _empty(tensor)
-                    table[name] = tensors[tensor]  # type: ignore[assignment]
-        for name, child in module._modules.items():
-            twin._modules[name] = None if child is None else ghost(child)
-        return twin
-
-    return ghost(model)
-
-
-def _empty(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, torch.nn.Parameter):
-        return torch.empty_like(tensor, device=META)
-    shape, stride = scattered.shape_of(tensor), scattered.stride_of(tensor)  # also of what zero.Init has in parts
-    empty = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=META)
-    return torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    counted = _count(ghost, parts, arena, settings)
+    return replace(counted, world_size=world_size, num_params=num_params, sharing=mesh.tp.size)
 
 
 def _count(model: torch.nn.Module, parts: Parts, arena: UpdateArena | None, settings: Settings) -> MemoryPlan:
     base, groups = parts.strategy.arena, parts.holdings.groups
     grouped = {param for group in groups for param in group.params}
-    rest = [*(param for param in model.parameters() if param not in grouped), *model.buffers()]
+    loose = [param for param in model.parameters() if param not in grouped]
+    rest = [*loose, *model.buffers()]
     makes_state_later = parts.core is not None and isinstance(parts.core.optimizer, ClientOptimizer)
+    held = sum(slot.numel for group in groups for slot in group.layout.slots) + sum(p.numel() for p in loose)
     return MemoryPlan(
         stage=int(settings.zero_optimization.stage),
         world_size=parts.holdings.axis.size,
-        num_params=sum(slot.numel for group in groups for slot in group.layout.slots) + sum(p.numel() for p in rest),
+        num_params=held,
+        sharing=1,
+        num_held=held,
         weights=sum(map(_weights_nbytes, groups)) + sum(tensor.nbytes for tensor in rest),
         masters=sum(m.nbytes for m, low in zip(base.masters, base.copies, strict=True) if low is not None),
         gradients=sum(gradient.nbytes for gradient in base.grads),
@@ -156,6 +134,14 @@ def _moving_nbytes(group: FlatGroup) -> int:
     """A group's gradient as it leaves, and its gathered weights where they come and go."""
     times = 2 if isinstance(group, ShardedGroup) else 1
     return times * group.layout.numel * group.key.dtype.itemsize
+
+
+def headline(plan: MemoryPlan) -> str:
+    """What is planned, in words."""
+    shared = ""
+    if plan.sharing > 1:
+        shared = f", {plan.num_held / 1e6:,.1f}M on each of {plan.sharing} ranks that share layers"
+    return f"{plan.num_params / 1e6:,.1f}M parameters{shared}; GB (1e9 bytes) per rank, without activations"
 
 
 def table(plans: Sequence[MemoryPlan]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,6 +28,7 @@ class Scattered:
         kept: dtype of the parts.
         axis: over which it is cut.
         home: device of this rank's part.
+        is_pinned: whether its memory is page-locked.
         is_whole: whether the parameter holds its values at the moment.
         pins: contexts that want it to stay so.
     """
@@ -35,7 +37,7 @@ class Scattered:
         self, param: torch.Tensor, axis: Axis, home: torch.device, dtype: torch.dtype | None, *, pin: bool = False
     ) -> None:
         """Take in a whole parameter; parts of floating-point ones are kept in ``dtype``, where one is given."""
-        self.axis, self.home, self._wanted, self._pin = axis, home, dtype, pin
+        self.axis, self.home, self._wanted, self.is_pinned = axis, home, dtype, pin
         self.is_whole, self.pins = True, 0
         self._aliases: list[weakref.ref[torch.Tensor]] = []
         self._lent: torch.Tensor | None = None  # 1-D: the memory that aliases still see
@@ -84,7 +86,7 @@ class Scattered:
         share = -(-self.numel // self.axis.size)
         part = flat[self.axis.rank * share : (self.axis.rank + 1) * share]
         if self.shard.numel() != share or self.shard.dtype != self.kept:
-            self.shard = torch.zeros(share, dtype=self.kept, device=self.home, pin_memory=self._pin)
+            self.shard = torch.zeros(share, dtype=self.kept, device=self.home, pin_memory=self.is_pinned)
         self.shard[: part.numel()].copy_(part)
 
     def gather(self, param: torch.Tensor) -> None:
@@ -169,3 +171,14 @@ def stride_of(param: torch.Tensor) -> tuple[int, ...]:
 def numel_of(param: torch.Tensor) -> int:
     """The elements of a parameter, wherever its values are."""
     return math.prod(shape_of(param))
+
+
+def replace(param: torch.Tensor, take: Callable[[torch.Tensor], torch.Tensor], axis: Axis) -> None:
+    """Let ``take(whole)`` stand in a scattered parameter's place, in parts over ``axis``. Collective over both axes."""
+    home = _table[param].home
+    pin = _table[param].is_pinned
+    restore(param)
+    param.data = take(param.data)
+    entry = Scattered(param, axis, home, None, pin=pin)
+    entry.scatter(param, source=None)
+    enter(param, entry)

@@ -11,7 +11,8 @@ import torch
 import deepcore
 from deepcore.cli import main
 from deepcore.errors import ConfigError
-from deepcore.plan.memory import MemoryPlan, plan_memory
+from deepcore.plan.memory import MemoryPlan, headline, plan_memory
+from tests.parity import speaker
 from tests.parity.model import build
 
 STAGES = (0, 1, 2, 3)
@@ -88,6 +89,22 @@ def test_a_plan_is_what_an_engine_then_holds(stage: int, bf16: bool) -> None:
     found = held_by(engine)
     assert {name: getattr(plan, name) for name in found} == found
     engine.destroy()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_shared_layers_are_counted_whole_and_in_parts(stage: int) -> None:
+    model = speaker.build(0)
+    sizes = {name: param.numel() for name, param in model.named_parameters()}
+    halves = {f"{layer.name}.{own}" for layer in deepcore.tensor.plan(model, 2).layers for own in layer.splits}
+    held = sum(numel // 2 if name in halves else numel for name, numel in sizes.items())
+    found = plan_memory(model, config(stage, tensor_parallel={"autotp_size": 2}), world_size=4)
+    whole = plan_memory(model, config(stage), world_size=2)
+    assert (found.num_params, found.num_held, found.sharing) == (sum(sizes.values()), held, 2)
+    assert (whole.num_params, whole.num_held, whole.sharing) == (found.num_params, found.num_params, 1)
+    padding = 64 * 4 * (len(sizes) + 8)  # bytes; of slots and shards
+    assert abs(found.persistent / whole.persistent - held / found.num_params) < padding / whole.persistent * 4
+    assert "on each of 2 ranks that share layers" in headline(found)
+    assert "share" not in headline(whole)
 
 
 def test_the_model_stays_as_it_was() -> None:

@@ -5,7 +5,7 @@ Knows nothing of training; whoever trains is given the cuts, by parameter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from deepcore.comm.mesh import Axis
 from deepcore.parallel.tensor.layers import Stretch, bind_layer, unbind_layer
 from deepcore.parallel.tensor.plan import TensorPlan
+from deepcore.sharding import scattered
 from deepcore.sharding.cuts import Cut, gathered
 
 
@@ -26,8 +27,11 @@ class TensorShards:
         cuts: by parameter; those that are whole on every rank are not in it.
     """
 
-    def __init__(self, model: nn.Module, axis: Axis, plan: TensorPlan) -> None:
-        """Cut ``model``. Collective: every rank's part comes from the first rank's weights."""
+    def __init__(self, model: nn.Module, axis: Axis, plan: TensorPlan, replicas: Axis) -> None:
+        """Cut ``model``. Collective: every rank's part comes from the first rank's weights.
+
+        What ``zero.Init`` has scattered over all ranks is then, part by part, over ``replicas``: those with the part.
+        """
         self.axis, self.plan = axis, plan
         self.cuts: dict[torch.Tensor, Cut] = {}
         self._model = model
@@ -36,9 +40,10 @@ class TensorShards:
             for own, split in layer.splits.items():
                 param = modules[layer.name]._parameters[own]
                 if param is not None and param not in self.cuts:
-                    self.cuts[param] = Cut(tuple(param.shape), split.dim, split.segments, axis.rank, axis.size)
+                    shape = scattered.shape_of(param)
+                    self.cuts[param] = Cut(shape, split.dim, split.segments, axis.rank, axis.size)
         with torch.no_grad():
-            self._share()
+            self._share(replicas)
         for change in plan.adjustments:
             setattr(modules[change.module], change.attribute, change.after)
         stretch = Stretch(axis)
@@ -46,9 +51,12 @@ class TensorShards:
             if layer.style != "replicated":
                 bind_layer(modules[layer.name], layer, stretch)
 
-    def _share(self) -> None:
+    def _share(self, replicas: Axis) -> None:
         """One tensor at a time, wherever the model is: no device holds more of it whole."""
         for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
+            if scattered.find(tensor) is not None:  # the same on all ranks already
+                scattered.replace(tensor, self._part_of(tensor), replicas)
+                continue
             flat = tensor.data.to(self.axis.device, copy=True).contiguous()
             self.axis.broadcast(flat, what=name).wait()
             cut = self.cuts.get(tensor)
@@ -56,6 +64,10 @@ class TensorShards:
                 tensor.data.copy_(flat)
             else:
                 tensor.data = cut.take(flat).to(tensor.device)
+
+    def _part_of(self, param: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        cut = self.cuts.get(param)
+        return cut.take if cut is not None else lambda whole: whole
 
     def names(self) -> dict[str, Cut]:
         """Cuts by all names that a state dict has."""
