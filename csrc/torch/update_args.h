@@ -78,25 +78,31 @@ inline std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
     return tensors;
 }
 
+struct Walked {  // one of the memories that a parameter's update walks, and the bytes of an element
+    const char* name;
+    const void* memory;
+    int64_t size;
+};
+
 // No two of the memories that one parameter's update walks may meet.
-inline void require_apart(const UpdateLists& lists) {
-    std::vector<NamedList> all = {{"params", lists.params}};
-    if (lists.grads != nullptr) all.push_back({"grads", *lists.grads});
-    for (const NamedList& state : lists.states) all.push_back(state);
-    all.push_back({"copies", lists.copies});
-    const auto range = [](const Tensor& tensor) {
-        return range_at(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
-    };
-    for (size_t i = 0; i < lists.params.size(); ++i) {
-        std::vector<std::pair<const char*, Range>> seen;
-        for (const NamedList& next : all) {
-            if (next.list.empty()) continue;
-            const Range memory = range(next.list[i]);
-            for (const auto& [name, other] : seen) {
-                if (!memory.overlaps(other)) continue;
-                fail("%s[%zu]: got memory that overlaps %s[%zu], expected memory of its own", next.name, i, name, i);
+inline void require_apart(const UpdateLists& lists, const std::vector<UpdateTensor>& tensors, const UpdateArgs& args) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        const UpdateTensor& tensor = tensors[i];
+        Walked walked[3 + kMaxStates] = {{"params", tensor.param, bytes_of(args.param_dtype)},
+                                         {"grads", tensor.grad, bytes_of(args.grad_dtype)},
+                                         {"copies", tensor.copy, bytes_of(args.copy_dtype)}};
+        int count = 3;
+        for (int k = 0; k < lists.num_states(); ++k)
+            walked[count++] = {lists.states[k].name, tensor.states[k], bytes_of(args.state_dtype)};
+        const int64_t numel = lists.params[i].numel();
+        for (int a = 0; a < count; ++a) {
+            for (int b = 0; b < a; ++b) {
+                if (walked[a].memory == nullptr || walked[b].memory == nullptr) continue;
+                const Range memory = range_at(walked[a].memory, numel * walked[a].size);
+                if (!memory.overlaps(range_at(walked[b].memory, numel * walked[b].size))) continue;
+                fail("%s[%zu]: got memory that overlaps %s[%zu], expected memory of its own", walked[a].name, i,
+                     walked[b].name, i);
             }
-            seen.emplace_back(next.name, memory);
         }
     }
 }
@@ -105,7 +111,6 @@ inline void require_apart(const UpdateLists& lists) {
 inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tables, int64_t columns,
                               int64_t scalars_size, Device device) {
     require_update_lists(lists, device);
-    require_apart(lists);
     const int64_t num_hyper_rows = tables.hyper.dim() == 2 ? tables.hyper.size(0) : 0;
     const double* hyper =
         table_of<const double>("hyper", tables.hyper, ScalarType::Double, {num_hyper_rows, columns}, device);
@@ -120,6 +125,7 @@ inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tabl
     args.grad_dtype = lists.grads == nullptr ? DType::none : float_dtype("grads", *lists.grads);
     args.state_dtype = lists.states.empty() ? DType::f32 : float_dtype(lists.states[0].name, lists.states[0].list);
     args.copy_dtype = lists.copies.empty() ? DType::none : float_dtype("copies", lists.copies);
+    require_apart(lists, call.tensors, args);
     args.tensors = call.tensors.data();
     args.num_tensors = static_cast<int64_t>(call.tensors.size());
     args.chunk_offsets = table.chunk_offsets;

@@ -5,7 +5,8 @@ Knows nothing of formulas or engines. Any strides, any mix of dtypes and devices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,25 @@ from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
 _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 _Kind = tuple[torch.device, torch.dtype, torch.dtype, str]
 _Member = tuple[torch.Tensor, int]  # parameter, index of its group
+
+
+class _Cached:
+    """A batch, whom it is for, and the state that it was made from."""
+
+    def __init__(self, members: list[_Member], batch: SegmentBatch, state: Mapping[torch.Tensor, Any]) -> None:
+        self.batch = batch
+        self._params, self._groups = [param for param, _ in members], [index for _, index in members]
+        self._entries = [state[param] for param in self._params]
+        self._held = {"step": [entry["step"] for entry in self._entries], **batch.states}
+
+    def fits(self, members: list[_Member], state: Mapping[torch.Tensor, Any]) -> bool:
+        """Whether it is for these, and nobody replaced the state: another batch may have taken a parameter over."""
+        if not _identical([param for param, _ in members], self._params) or self._groups != [i for _, i in members]:
+            return False
+        kept = _identical(state.values(), self._entries)  # without a look-up each, where these are all that have state
+        if not kept and not _identical([state[param] for param in self._params], self._entries):
+            return False
+        return all(_identical([entry.get(name) for entry in self._entries], held) for name, held in self._held.items())
 
 
 class PlainBatches:
@@ -33,7 +53,7 @@ class PlainBatches:
         state_dtype: torch.dtype,
     ) -> None:
         self._family, self._state_names, self._initial, self._state_dtype = family, state_names, initial, state_dtype
-        self._cache: dict[_Kind, tuple[list[_Member], SegmentBatch]] = {}
+        self._cache: dict[_Kind, _Cached] = {}
 
     def batches(
         self, param_groups: Sequence[Mapping[str, Any]], state: dict[torch.Tensor, Any]
@@ -41,20 +61,24 @@ class PlainBatches:
         """Yield each batch with a call that writes copies of gapped parameters back after the launch."""
         members: dict[_Kind, list[_Member]] = {}
         for index, group in enumerate(param_groups):
-            family = self._family(group)
-            for param in group["params"]:
-                if param.grad is not None:
-                    kind = (param.device, param.dtype, _gradient_dtype(param), family)
-                    members.setdefault(kind, []).append((param, index))
-        for kind, chosen in members.items():
-            batch = self._batch(kind, chosen, param_groups, state)
-            weights = [param.detach() for param, _ in chosen]
-            batch.params = [weight if _dense(weight) else weight.contiguous() for weight in weights]
-            batch.grads = [
-                _in_order_of(param.grad, weight) for (param, _), weight in zip(chosen, batch.params, strict=True)
-            ]
-            gapped = [pair for pair in zip(weights, batch.params, strict=True) if pair[0] is not pair[1]]
+            family, chosen = self._family(group), [param for param in group["params"] if param.grad is not None]
+            kinds = {(param.device, param.dtype, param.grad.dtype, param.grad.layout) for param in chosen}
+            for run in [chosen] if len(kinds) == 1 else [[param] for param in chosen]:
+                kind = (run[0].device, run[0].dtype, _gradient_dtype(run[0]), family)
+                members.setdefault(kind, []).extend((param, index) for param in run)
+        for kind, alike in members.items():
+            batch = self._batch(kind, alike, param_groups, state)
+            weights = [param for param, _ in alike]
+            grads = [grad for weight in weights if (grad := weight.grad) is not None]
+            gapped: list[tuple[torch.Tensor, torch.Tensor]] = []
+            if not all(tensor.is_contiguous() for tensor in (*weights, *grads)):
+                dense = [weight if _dense(weight) else weight.contiguous() for weight in weights]
+                gapped = [(weight, copy) for weight, copy in zip(weights, dense, strict=True) if weight is not copy]
+                grads = [_in_order_of(grad, weight) for grad, weight in zip(grads, dense, strict=True)]
+                weights = dense
+            batch.params, batch.grads = weights, grads
             yield batch, _WriteBack(gapped)
+            batch.params, batch.grads = [], []  # zero_grad() is to free gradients
 
     def _batch(
         self,
@@ -64,8 +88,8 @@ class PlainBatches:
         state: dict[torch.Tensor, Any],
     ) -> SegmentBatch:
         cached = self._cache.get(kind)
-        if cached is not None and _same(cached[0], chosen) and self._intact(cached, state):
-            return cached[1]
+        if cached is not None and cached.fits(chosen, state):
+            return cached.batch
         names = self._state_names(kind[3])
         for param, index in chosen:
             if not state[param]:
@@ -86,7 +110,7 @@ class PlainBatches:
             state[param]["step"] = batch.steps[index]
         for name in names:
             batch.states[name] = [self._own_state(state[param], name, param) for param, _ in chosen]
-        self._cache[kind] = (list(chosen), batch)
+        self._cache[kind] = _Cached(chosen, batch, state)
         return batch
 
     def _own_state(self, state: dict[str, Any], name: str, param: torch.Tensor) -> torch.Tensor:
@@ -99,16 +123,6 @@ class PlainBatches:
         tensor: torch.Tensor = state[name]
         return tensor
 
-    def _intact(self, cached: tuple[list[_Member], SegmentBatch], state: dict[torch.Tensor, Any]) -> bool:
-        """Whether nobody replaced the state since: another batch may have taken a parameter over meanwhile."""
-        members, batch = cached
-        start = batch.steps.data_ptr()
-        return all(
-            state[param]["step"].data_ptr() == start + 4 * index
-            and all(state[param][name] is tensors[index] for name, tensors in batch.states.items())
-            for index, (param, _) in enumerate(members)
-        )
-
 
 class _WriteBack:
     def __init__(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -119,8 +133,9 @@ class _WriteBack:
             weight.copy_(dense)
 
 
-def _same(left: list[_Member], right: list[_Member]) -> bool:
-    return len(left) == len(right) and all(a is b and i == j for (a, i), (b, j) in zip(left, right, strict=True))
+def _identical(left: Iterable[Any], right: Sequence[Any]) -> bool:
+    found = list(left)
+    return len(found) == len(right) and all(map(operator.is_, found, right))
 
 
 def _gradient_dtype(param: torch.Tensor) -> torch.dtype:
@@ -144,8 +159,7 @@ def _like(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def _in_order_of(grad: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    assert grad is not None
+def _in_order_of(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if grad.stride() == weight.stride():
-        return grad.detach()
+        return grad
     return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
