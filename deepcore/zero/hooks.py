@@ -5,9 +5,8 @@ Knows nothing of what is done with a complete group.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.autograd.graph import register_multi_grad_hook
@@ -21,6 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from deepcore.errors import UsageError
 from deepcore.precision.casts import cast_floats
 from deepcore.sharding.group import FlatGroup
+
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+_frames: Any = torch._C._dynamo.eval_frame  # where torch.compile meets functions; here without the compiler itself
 
 
 class GradientHooks:
@@ -133,13 +135,23 @@ class GradientHooks:
 def watch_modules(modules: Iterable[torch.nn.Module], watcher: ModuleWatcher) -> list[RemovableHandle]:
     """Tell ``watcher`` of calls of the modules, of their backward, and of the gradients of their inputs."""
     handles = []
-    enter, leave = _entering(watcher), _leaving(watcher)
-    if "torch._dynamo" in sys.modules:  # the user may have compiled a module: collectives are nothing to trace
-        enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
+    enter, leave = _untraced(_entering(watcher)), _untraced(_leaving(watcher))
     for module in modules:
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
     return handles
+
+
+def _untraced(hook: _Hook) -> _Hook:
+    """``hook``, which torch.compile will run as it is: collectives are nothing to trace.
+
+    What ``torch.compiler.disable`` does, without its import of the compiler (a second): the user may compile a module
+    at any time, or never.
+    """
+    skip = _frames._FrameAction.SKIP
+    _frames.set_code_exec_strategy(hook.__code__, _frames._FrameExecStrategy(skip, skip))  # and what it calls
+    hook._torchdynamo_disable = True  # type: ignore[attr-defined]  # so that no caller is traced into it
+    return hook
 
 
 class ModuleWatcher(Protocol):

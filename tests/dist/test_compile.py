@@ -73,6 +73,8 @@ def train(stage: int, how: str, backend: str) -> dict[str, torch.Tensor]:
         assert "forward" in vars(plain.blocks[0])
     if how == "a block later":
         plain.blocks[1].compile(backend=backend)
+    if how == "whole later":
+        plain.compile(backend=backend)
     for step in range(2):
         seed = torch.Generator().manual_seed(10 * step + engine.global_rank)
         engine.backward(engine(torch.randn(4, WIDTH, generator=seed)))
@@ -104,14 +106,15 @@ def test_engine_compile_trains_alike(ranks: Any, hostile: bool) -> None:
 
 
 def test_models_compiled_by_the_user_train_alike(ranks: Any) -> None:
-    assert not any(ranks(2, compare, 3, ["whole", "a wrapped block", "recomputed engine"], "eager", hostile=True))
+    ways = ["whole", "a wrapped block", "recomputed engine", "a block later", "whole later"]
+    assert not any(ranks(2, compare, 3, ways, "eager", hostile=True))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_way_of_compiling_trains_alike(ranks: Any, hostile: bool, stage: int, world_size: int) -> None:
-    ways = ["engine", "recomputed engine", "whole", "a wrapped block", "a block in place", "a block later"]
+    ways = ["engine", "recomputed engine", "whole", "a wrapped block", "a block in place", "a block later", "whole later"]
     assert not any(ranks(world_size, compare, stage, ways, "aot_eager", hostile=hostile, timeout=300))
 
 
@@ -194,7 +197,7 @@ def warned_of_nothing() -> bool:
 
 
 def test_units_of_single_layers_leave_nothing_to_compile(ranks: Any) -> None:
-    assert ranks(1, warned_of_nothing) == [True]
+    assert ranks(2, warned_of_nothing) == [True, True]
 
 
 def refusals() -> None:
