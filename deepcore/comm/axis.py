@@ -54,6 +54,11 @@ class Axis:
     line: Line | None = None
     reduce_line: Line | None = None
 
+    @property
+    def waits_on_host(self) -> bool:
+        """Whether ``Work.wait`` keeps the host; NCCL's makes the current stream wait."""
+        return self.group is not None and dist.get_backend(self.group) != "nccl"
+
     def all_reduce(self, tensor: Tensor, op: str = "sum", *, what: str = "") -> Work:
         """Reduce ``tensor`` in place over the axis; op is "sum", "max" or "min"."""
         assert op in _OPS, op

@@ -33,6 +33,7 @@ _NATIVE = frozenset(
         torch.uint8,
     }
 )
+_MAX_BROADCASTS, _LARGE = 8, 2**18  # ranks, bytes: Gloo gathers by one broadcast per rank, up to so many, from so large
 # torch 2.13 renamed these two and warns at every call of the old names.
 torch_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 torch_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -183,8 +184,18 @@ class TorchTransport:
         return self._landing(work, tensor, flat)
 
     def all_gather_into(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> Pending:
-        out = self._carrier(output, read=False)
-        return self._landing(torch_all_gather(out, self._carrier(input), group=group, async_op=True), output, out)
+        out, source = self._carrier(output, read=False), self._carrier(input)
+        if self._staged and group.size() <= _MAX_BROADCASTS and out.nbytes >= _LARGE:
+            return self._landing(_Several(self._each_broadcast(out, source, group)), output, out)
+        return self._landing(torch_all_gather(out, source, group=group, async_op=True), output, out)
+
+    def _each_broadcast(self, out: Tensor, source: Tensor, group: dist.ProcessGroup) -> list[Pending]:
+        """A gather in place: Gloo's own makes a second buffer of the whole, in its thread, and copies from there."""
+        parts = out.view(group.size(), -1)
+        if parts[group.rank()].data_ptr() != source.data_ptr():
+            parts[group.rank()].copy_(source)
+        works = [dist.broadcast(part, group_src=rank, group=group, async_op=True) for rank, part in enumerate(parts)]
+        return [watched(work, self._watch) for work in works]
 
     def reduce_scatter_into(self, output: Tensor, input: Tensor, op: str, group: dist.ProcessGroup) -> Pending:
         _check_reducible(input, "reduce_scatter_into")
@@ -237,9 +248,23 @@ class TorchTransport:
             return flat
         return flat.to("cpu", copy=True) if read else torch.empty(flat.shape, dtype=flat.dtype, device="cpu")
 
-    def _landing(self, work: dist.Work | None, tensor: Tensor, carrier: Tensor) -> Pending:
-        pending = watched(work, self._watch)
+    def _landing(self, work: dist.Work | _Several | None, tensor: Tensor, carrier: Tensor) -> Pending:
+        pending = work if isinstance(work, _Several) else watched(work, self._watch)
         return _Staged(pending, tensor, carrier) if self._is_staged(tensor) else pending
+
+
+class _Several:
+    """Collectives that are over when each of them is."""
+
+    def __init__(self, works: Sequence[Pending]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
 
 
 class _Staged:

@@ -65,8 +65,8 @@ class Grouper:
         Each collection in ``apart`` gets groups of its own, below stage 3.
         """
         self._held = {param for param in chosen if param.requires_grad or _is_plain(param)}
-        if self._zero.stage == 3:
-            return self._by_unit()
+        if self._zero.stage == 3 and (self._axis.size > 1 or self._zero.offload_param.device != "none"):
+            return self._by_unit()  # elsewhere this rank's shard is all there is: nothing to gather or to free
         named = [(name, param) for name, param in self._model.named_parameters() if param in self._held]
         somewhere = {param for part in apart for param in part}
         plans: list[GroupPlan] = []

@@ -13,6 +13,7 @@ import torch
 
 from deepcore.comm.collectives import Work
 from deepcore.comm.mesh import Axis
+from deepcore.sharding.memory import lazy_zeros
 
 _POLL = 5e-5  # seconds between two looks at a collective
 
@@ -41,7 +42,8 @@ class BufferPool:
             self._free = [storage for storage in self._free if storage is not chosen]
         if chosen is None or chosen.nbytes() < nbytes:
             del here, chosen  # the largest is too small: what takes its place comes after it is gone
-            chosen = torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
+            # Not from the allocator's heap: what stays there for life keeps it from shrinking below.
+            chosen = lazy_zeros(nbytes, torch.uint8, device).untyped_storage()
         return torch.empty(0, dtype=dtype, device=device).set_(chosen, 0, (numel,), (1,))
 
     def give(self, buffer: torch.Tensor) -> None:
@@ -170,6 +172,11 @@ class GradReducer:
             item.work.wait()
             item.complete()
         return time.monotonic() - begin
+
+    @property
+    def num_pending(self) -> int:
+        """Launches that are not complete."""
+        return len(self._pending)
 
     @property
     def in_flight(self) -> bool:

@@ -94,12 +94,12 @@ class ShardedGradients(ZeroStrategy):
         for gradients in self._held:
             gradients.fold()
 
-    def _make_room(self) -> None:
-        """Bound the buffers in flight before another group is packed."""
-        self._reducer.drain(leave=MAX_IN_FLIGHT - 1)
-
     def _group_ready(self, number: int) -> None:
-        self._make_room()
+        """All gradients of a group are there: let it go, with as few buffers in flight as there may be."""
+        self._reducer.drain(leave=MAX_IN_FLIGHT - 1)
+        self._launch(number)
+
+    def _launch(self, number: int) -> None:
         group = self.groups[number]
         dtype = group.dtypes.reduce or (group.dtypes.accumulate if self._held else group.key.dtype)
         buffers = self._reducer.buffers

@@ -5,6 +5,7 @@ Knows nothing of the order of gathers (``cycle``) or of when a module needs its 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 
@@ -21,7 +22,9 @@ from deepcore.zero.shards import gather_weights
 from deepcore.zero.traffic import UnitTraffic
 from deepcore.zero.unit import Unit
 
-PATIENCE = 0.05  # seconds per backward that a rank may wait for reductions while others may wait for its gathers
+# Seconds per backward that a rank waits for reductions at most, while others may wait for its gathers: the first after
+# one in which that was not enough, for ranks take different branches; doubled after each in which it was.
+LEAST_PATIENCE, MOST_PATIENCE = 0.05, 0.4
 
 
 class Stage3(ShardedGradients):
@@ -43,7 +46,8 @@ class Stage3(ShardedGradients):
         self.traffic = traffic
         self._replicated = [group for group in self.groups if not isinstance(group, ShardedGroup)]
         self._unit_of = {number: unit for unit in traffic.units for number in unit.numbers}
-        self._patience = 0.0
+        self._ready: deque[int] = deque()  # groups whose gradients are there, and that wait for buffers
+        self._patience = self._patience_left = LEAST_PATIENCE
         self._ordered = False
         self._handles: list[RemovableHandle] = []
         traffic.is_complete = lambda unit: all(self._hooks.is_complete(number) for number in unit.numbers)
@@ -67,7 +71,7 @@ class Stage3(ShardedGradients):
 
     def begin_backward(self, *, boundary: bool, hold: bool) -> None:
         super().begin_backward(boundary=boundary, hold=hold)
-        self._patience = PATIENCE
+        self._patience_left = self._patience
         self.traffic.begin_backward(holding=not self._window.reducing)
 
     def finish_backward(self) -> None:
@@ -75,6 +79,7 @@ class Stage3(ShardedGradients):
             self._hooks.close()
             # Gathers first: another rank may still need this one's shards before it can reduce.
             self.traffic.end_backward()
+            self._patience = min(2 * self._patience, MOST_PATIENCE) if self._patience_left > 0 else LEAST_PATIENCE
             self._complete()
         else:
             self._hold()
@@ -89,10 +94,23 @@ class Stage3(ShardedGradients):
         sharded = sorted(self._unit_of, key=lambda number: last[self._unit_of[number].index])
         return sharded + [number for number in range(len(self.groups)) if number not in self._unit_of]
 
-    def _make_room(self) -> None:
-        before = self._patience
-        spent = self._reducer.drain_done(leave=MAX_IN_FLIGHT - 1, patience=before)
-        self._patience = max(0.0, before - spent)
+    def _group_ready(self, number: int) -> None:
+        """Let the group go as soon as there are buffers; until then its gradients stay where autograd put them."""
+        if not self._axis.waits_on_host:
+            super()._group_ready(number)
+            return
+        self._ready.append(number)
+        while self._ready:
+            self._patience_left -= self._reducer.drain_done(leave=MAX_IN_FLIGHT - 1, patience=self._patience_left)
+            if self._reducer.num_pending >= MAX_IN_FLIGHT:
+                return
+            self._launch(self._ready.popleft())
+
+    def _complete(self) -> None:
+        while self._ready:  # no rank waits for this one's gathers any more
+            self._reducer.drain(leave=MAX_IN_FLIGHT - 1)
+            self._launch(self._ready.popleft())
+        super()._complete()
 
     def _group_complete(self, number: int) -> None:
         unit = self._unit_of.get(number)
@@ -100,7 +118,8 @@ class Stage3(ShardedGradients):
             self.traffic.free_if_complete(unit)
 
     def abandon(self) -> bool:
-        untouched = not self._reducer.in_flight
+        untouched = not (self._reducer.in_flight or self._ready)
+        self._ready.clear()
         self.traffic.reset()
         if untouched:
             self.traffic.end_backward()

@@ -108,6 +108,20 @@ def lose_a_rank():
     raise caught.value
 
 
+def gather_large():
+    """Gathers that Gloo makes by broadcasts: from a tensor of its own, from a slice of the output, of bytes it has not."""
+    line = axis()
+    count = 2**18 // 2 // line.size + 1
+    for dtype, within in ((torch.int16, True), (torch.int16, False), (torch.bfloat16, True)):
+        parts = [pattern(count, dtype, index) for index in range(line.size)]
+        output = torch.empty(line.size * count, dtype=dtype)
+        mine = output[line.rank * count : (line.rank + 1) * count] if within else torch.empty(count, dtype=dtype)
+        mine.copy_(parts[line.rank])
+        line.all_gather_into(output, mine).wait()
+        assert equal(output, torch.cat(parts))
+    return True
+
+
 class AlwaysStaged(TorchTransport):
     """Takes the way through host memory that CUDA tensors take under Gloo, from one CPU tensor to another."""
 
@@ -148,6 +162,11 @@ def user_calls():
 @pytest.mark.parametrize("count", [0, 1, 31])
 def test_movement_in_every_dtype(ranks, dtype, count):
     assert all(ranks(3, move, dtype, count))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_large_gathers_in_place(ranks, hostile, size):
+    assert all(ranks(size, gather_large, hostile=hostile))
 
 
 @pytest.mark.parametrize("dtype", REDUCIBLE, ids=str)

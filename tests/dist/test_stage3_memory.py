@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import deepcore
+from deepcore.zero.sharded import MAX_IN_FLIGHT
 from tests.dist.pool import RankFailedError, run_ranks
 
 NUM_BLOCKS, WIDTH = 8, 16
@@ -96,6 +97,19 @@ def test_prefetch_and_live_sizes_mean_what_they_say() -> None:
     assert at_rest == [0] * len(at_rest)
     ((_, backward, _), _) = run_ranks(2, count, {"stage3_max_live_parameters": 4 * (BLOCK_NUMEL + 128)})
     assert backward[0] == 4
+
+
+def reduction_buffers() -> tuple[int, int]:
+    engine = start(Counting())
+    for _ in range(3):
+        engine.backward(engine(torch.randn(2, WIDTH)))
+        engine.step()
+    return len(engine.strategy._reducer.buffers._free), engine.global_steps
+
+
+def test_two_groups_have_buffers_at_a_time_however_slow_reductions_are() -> None:
+    """Under the double no reduction is over before somebody waits: six of eight groups have to be patient."""
+    assert run_ranks(2, reduction_buffers, hostile=True) == [(2 * MAX_IN_FLIGHT, 3)] * 2
 
 
 def uniform() -> list[torch.Tensor]:

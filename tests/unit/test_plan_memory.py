@@ -80,7 +80,7 @@ def held_by(engine: deepcore.Engine) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_plan_is_what_an_engine_then_holds(stage: int, bf16: bool) -> None:
     cfg = config(stage, bf16={"enabled": bf16})
     model = build(seed=0)
