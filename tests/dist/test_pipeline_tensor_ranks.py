@@ -15,6 +15,7 @@ import deepcore
 from deepcore.errors import DeepcoreError
 from deepcore.pipe import LayerSpec, PipelineModule, PipeDataParallelTopology, TiedLayerSpec
 from tests.dist.pool import run_ranks
+from tests.parity import speaker
 from tests.parity.cut_stages import Cut, speaking
 from tests.parity.stages import SEED, Row, batch, loss_fn, pipeline
 
@@ -171,3 +172,98 @@ def test_what_cannot_be_is_an_error_on_every_rank() -> None:
         assert found.pop("topology") == "the topology and the config disagree about the ranks that share a layer"
         assert found.pop("mixed") == "ranks that share layers are given micro-batches of different shapes"
         assert found == {"after": "True"}
+
+
+# --- several layouts at once ------------------------------------------------------------------------------------------
+
+
+def in_turns(together: bool) -> list[list[float]]:
+    """Losses of three engines with other meshes, in turns or one after the other."""
+    rank = torch.distributed.get_rank()
+    adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "train_micro_batch_size_per_gpu": 2}
+
+    def pipelined() -> Any:
+        case = Cut(2, 1, micro=2, stage=1)
+        engine, *_ = deepcore.initialize(model=pipeline(case), config=case.config())
+        return lambda step: engine.train_batch(batch(step, 0, micro) for micro in range(2)), engine
+
+    def called(more: dict[str, Any]) -> Any:
+        engine, *_ = deepcore.initialize(model=speaker.build(5), config={**adam, **more})
+
+        def train(step: int) -> torch.Tensor:
+            loss = engine(speaker.batch(step, engine.get_data_parallel_rank(), 0))
+            engine.backward(loss)
+            engine.step()
+            return loss
+
+        return train, engine
+
+    makers = [
+        pipelined,
+        lambda: called({"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 3}}),
+        lambda: called({"zero_optimization": {"stage": 2}}),
+    ]
+    engines = [make() for make in makers] if together else []
+    losses: list[list[float]] = [[] for _ in makers]
+    for number, make in enumerate(makers) if not together else ():
+        engines.append(make())
+        losses[number] = [float(engines[number][0](step)) for step in range(STEPS)]
+    for step in range(STEPS) if together else ():
+        for number, (train, _) in enumerate(engines):
+            losses[number].append(float(train(step)))
+    sizes = [(e.mesh.pp.size, e.mesh.dp.size, e.get_tensor_parallel_world_size()) for _, e in engines]
+    assert sizes == [(2, 1, 2), (1, 2, 2), (1, 4, 1)], rank
+    for _, engine in reversed(engines):
+        engine.destroy()
+    return losses
+
+
+@pytest.mark.nightly
+def test_engines_with_different_meshes_live_in_one_process() -> None:
+    assert run_ranks(4, in_turns, True, hostile=True) == run_ranks(4, in_turns, False)
+
+
+# --- overflow, other optimizers, tokens -------------------------------------------------------------------------------
+
+
+def train_with(case: Cut, kind: str, spoilt: int = -1) -> dict[str, Any]:
+    """Losses and weights; in step ``spoilt`` the last rank's part of a gradient is infinite."""
+    config = case.config()
+    config["optimizer"] = {"type": kind, "params": {"lr": 1e-2, **({"ns_dtype": "fp32"} if kind == "Muon" else {})}}
+    client = None
+    if kind == "NAdam":
+        client = lambda params: torch.optim.NAdam(params, lr=1e-2, eps=1e-4)  # noqa: E731
+        del config["optimizer"]
+    weighted = kind == "Lamb"
+    module = pipeline(case)
+    if weighted:
+        module.loss_fn = lambda logits, labels: (loss_fn(logits, labels) * labels.numel(), labels.numel())
+    engine, *_ = deepcore.initialize(model=module, optimizer=client, config=config)
+    infinite = [False]
+    last = [param for name, param in module.named_parameters() if name.endswith("attention.wq.weight")][-1:]
+    if last and engine.global_rank == engine.world_size - 1:
+        last[0].register_hook(lambda grad: grad * float("inf") if infinite[0] else grad)
+    losses, applied = [], []
+    for step in range(4):
+        infinite[0] = step == spoilt
+        losses.append(float(engine.train_batch(batch(step, engine.mesh.dp.rank, micro) for micro in range(case.micro))))
+        applied.append(engine.was_step_applied())
+    weights = engine.module_state_dict()
+    engine.destroy()
+    return {"losses": losses, "applied": applied, "weights": weights}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("kind", "stage", "fp16", "spoilt"),
+    [("Lamb", 1, False, -1), ("Muon", 1, False, -1), ("Muon", 0, False, -1), ("NAdam", 2, False, -1), ("AdamW", 1, False, 2), ("AdamW", 2, True, 1)],
+)
+def test_any_optimizer_and_an_overflow_in_one_part(kind: str, stage: int, fp16: bool, spoilt: int) -> None:
+    case = Cut(2, 1, "gpipe", stage=stage, fp16=fp16)
+    whole = run_ranks(1, train_with, Cut(1, 1, tp=1, fp16=fp16), kind, spoilt)[0]
+    for result in run_ranks(4, train_with, case, kind, spoilt, hostile=True):
+        assert result["applied"] == whole["applied"] == [step != spoilt for step in range(4)]
+        assert result["losses"] == pytest.approx(whole["losses"], rel=1e-2 if fp16 else 1e-4)
+        for name, value in result["weights"].items():
+            error = (value.double() - whole["weights"][name].double()).norm() / whole["weights"][name].double().norm()
+            assert error <= (0.05 if fp16 else 1e-5), (name, error)

@@ -268,3 +268,23 @@ def test_inputs_are_compared_by_what_they_show(values: torch.Tensor) -> None:
     part = torch.stack([values, torch.ones_like(values)])[0]
     assert _digest(part) == _digest(values)
     assert (_digest(part) == _digest(torch.ones_like(values))) == bool(values.numel() == 0 or (values == 1).all())
+
+
+class Twice(nn.Module):
+    """A head that is called, and whose weight, the embedding's, is read as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embed.weight
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        return self.head(self.down(torch.relu(self.up(x)))) + x @ self.embed.weight.T
+
+
+def test_a_head_of_a_weight_that_is_read_stays_whole() -> None:
+    plan = tensor.plan(Twice(), 2)
+    assert {layer.name for layer in plan.layers} == {"up", "down"}
+    assert plan.left["head"] == "its weight is that of 'embed', which stays whole"

@@ -61,7 +61,7 @@ class Draft:
         demands: what ``size`` has to fit.
         adjustments: numbers of modules that follow.
         source: where proposals come from.
-        tied: names of modules with a parameter that another one has too.
+        tied: modules that have a parameter of another one too, by name, and those others.
     """
 
     model: nn.Module
@@ -78,7 +78,10 @@ class Draft:
         holders: dict[Tensor, set[str]] = {}
         for name, param in self.model.named_parameters(remove_duplicate=False):
             holders.setdefault(param, set()).add(name.rpartition(".")[0])
-        self.tied = {name for names in holders.values() if len(names) > 1 for name in names}
+        self.tied: dict[str, set[str]] = {}
+        for names in holders.values():
+            for name in names if len(names) > 1 else ():
+                self.tied.setdefault(name, set()).update(names - {name})
 
     def drop(self, name: str, why: str) -> None:
         """Leave a layer whole after all."""

@@ -38,15 +38,16 @@ def infer(draft: Draft) -> None:
     """Propose what can be proved or is named as the field names it; note the rest."""
     draft.source = "the module graph"
     free = {name for name, module in draft.modules.items() if is_linear(module) or is_embedding(module)}
-    for name in [name for name in sorted(free) if draft.around.why_whole(name)]:
-        free.discard(name)
-        draft.left[name] = draft.around.why_whole(name)
-    for name in _inside_torch(draft):
-        free.discard(name)
-        draft.left[name] = "a module of torch.nn around it reads its weight itself"
-    for name in [name for name in sorted(free) if _is_read_elsewhere(draft, name)]:
-        free.discard(name)
-        draft.left[name] = "its weight is read outside of its call, or the source cannot be seen"
+    whole = {name: why for name in sorted(free) if (why := draft.around.why_whole(name))}
+    whole |= dict.fromkeys(_inside_torch(draft), "a module of torch.nn around it reads its weight itself")
+    for name in sorted(free - whole.keys()):
+        if _is_read_elsewhere(draft, name):
+            whole[name] = "its weight is read outside of its call, or the source cannot be seen"
+    for name in list(whole):
+        for other in sorted(draft.tied.get(name, set()) - whole.keys()):
+            whole[other] = f"its weight is that of '{name}', which stays whole"
+    free -= whole.keys()
+    draft.left.update(whole)
     _attentions(draft, free)
     _pairs(draft, free)
     _vocabulary(draft, free)
@@ -193,7 +194,7 @@ def _take(draft: Draft, free: set[str], pair: Pair) -> None:
     """Cut a pair, by full names, if nothing else is to happen to its layers."""
     if any(n not in free or n in draft.proposals or n in draft.left for n in (*pair.columns, pair.row)):
         return
-    if draft.tied & {*pair.columns, pair.row}:
+    if draft.tied.keys() & {*pair.columns, pair.row}:
         _leave(draft, [*pair.columns, pair.row], "a weight of the pair is another layer's too")
         return
     width = widths(draft.modules[pair.row])[0]

@@ -20,7 +20,7 @@ from deepcore.parallel.pipeline.module import PipelineModule
 
 Layer = tuple[str, Callable[[Any], Any]]  # name of the module, "" for a function
 _READS = frozenset({"weight", "bias", "parameters", "named_parameters", "state_dict"})
-_READ = re.compile(r"\bself\.(weight|bias)\b")
+_READ = re.compile(r"\bself\.(weight|bias)\b")  # its own; what is inside of it is looked for by ``inference``
 
 
 @dataclass
