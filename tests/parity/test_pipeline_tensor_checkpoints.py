@@ -16,10 +16,10 @@ ALONE = Case(Cut(1, tp=1), rate=0.0, alone=True)
 DROPPING = Case(Cut(2, stage=1, dropout=0.2))
 ODD = Case(Cut(2, 1, stage=2, tuples=True))
 OFTEN = {
-    "same": (DROPPING, [DROPPING]),
     "alone": (Case(Cut(2, stage=1)), [ALONE]),
 }
 NIGHTLY = {
+    "same": (DROPPING, [DROPPING]),
     "odd": (ODD, [ODD]),
     "odd alone": (
         Case(Cut(2, 1, stage=1, tuples=True), rate=0.0),

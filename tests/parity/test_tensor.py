@@ -196,8 +196,9 @@ def test_half_precision_differs_by_its_rounding(low: str, stage: int) -> None:
 
 
 MUON = [
-    Case(1, 2, 2, optimizer="Muon", clip=0.5),
+    Case(1, 1, 2, optimizer="Muon", clip=0.5),
     Case(0, 1, 2, optimizer="Muon"),
+    Case(1, 2, 2, optimizer="Muon", clip=0.5),
     Case(2, 1, 4, optimizer="Muon", clip=0.5, accumulation=2),
     Case(3, 2, 2, optimizer="Muon", more={"ns_method": "gram", "adjust_lr_fn": "match_rms_adamw"}),
     Case(3, 1, 3, optimizer="Muon", more={"nesterov": False}),
