@@ -49,7 +49,12 @@ def _no_world_left() -> Iterator[None]:
 
 
 def pytest_configure() -> None:
-    """Tests start from the environment of a plain shell, even inside a launcher's job."""
+    """Tests start from the environment of a plain shell, even inside a launcher's job, and compute on one thread.
+
+    More of them are of no use to small tensors, and threads that wait for each other on busy cores take ten times as
+    long. Who tests threads sets their number.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in list(os.environ):
         if name in ("RANK", "WORLD_SIZE") or name.startswith(("LOCAL_", "MASTER_", "OMPI_", "SLURM_", "TORCHELASTIC_")):
             del os.environ[name]

@@ -105,6 +105,7 @@ def _run(call: Call) -> Any:
         store = dist.PrefixStore(f"call/{call.serial}", _store(call.port))
         timeout = timedelta(seconds=2 * call.timeout)
         dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.size, timeout=timeout)
+        dist.barrier()  # a rank with nothing to do would be gone before others have met the rest
     if not call.hostile:
         return function(*args)
     from deepcore.comm import collectives

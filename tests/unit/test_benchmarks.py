@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import bench_checkpoint, bench_import
+from benchmarks import ranks as benchmark_ranks
 from benchmarks.__main__ import subjects
 from benchmarks.harness import LIMIT, OURS, Options, Result
 from benchmarks.live_bytes import LiveBytes
-from benchmarks.ranks import run_ranks
+from tests.dist.pool import run_ranks
 
 QUICK = Options(quick=True, threads=(1,), rounds=1)
 CASES = {
@@ -43,6 +45,16 @@ def run(subject: str) -> list[Result]:
     return list(import_module(f"benchmarks.bench_{subject}").bench(QUICK))
 
 
+def on_ranks(num_ranks: int, target: str, arguments: dict[str, Any]) -> Any:
+    """What the first rank returns: in processes that are there already, where the benchmark itself starts new ones."""
+    return run_ranks(num_ranks, call, target, arguments, adopt=False, timeout=120)[0]
+
+
+def call(target: str, arguments: dict[str, Any]) -> Any:
+    module, name = target.split(":")
+    return getattr(import_module(f"benchmarks.bench_{module}"), name)(**arguments)
+
+
 @pytest.mark.parametrize("subject", CASES)
 def test_it_runs_and_has_something_to_compare_with(subject: str) -> None:
     results = run(subject)
@@ -64,33 +76,31 @@ def test_a_whole_step_runs_beside_its_peers() -> None:
         "quick": True,
         "rounds": 2,
     }
-    first, _ = run_ranks(2, "benchmarks.bench_step:compete", arguments, timeout=120)
+    first = on_ranks(2, "step:compete", arguments)
     assert {name: len(times) for name, times in first.items()} == dict.fromkeys(arguments["names"], 2)
 
 
 def test_many_small_tensors_run_beside_a_peer() -> None:
     arguments = {"names": ["deepcore/1", "none"], "case": "50 tensors of 32 x 32", "rounds": 1}
-    assert set(run_ranks(1, "benchmarks.bench_overhead:compete", arguments, timeout=120)[0]) == {"deepcore/1", "none"}
+    assert set(on_ranks(1, "overhead:compete", arguments)) == {"deepcore/1", "none"}
 
 
 def test_a_pipeline_runs_beside_what_its_bubble_allows() -> None:
     names = ["deepcore", "deepcore/zbv", "allowed", "torch"]
-    first, _ = run_ranks(
-        2, "benchmarks.bench_pipeline:compete", {"names": names, "quick": True, "rounds": 1}, timeout=120
-    )
+    first = on_ranks(2, "pipeline:compete", {"names": names, "quick": True, "rounds": 1})
     assert {name: len(times) for name, times in first.items()} == dict.fromkeys(names, 1)
 
 
 def test_saves_and_loads_run_beside_plain_ones() -> None:
     names = [name for name in bench_checkpoint.CASES["load"] if not name.startswith("deepspeed")]  # loads what it saves
     arguments = {"case": "load", "names": names, "quick": True, "rounds": 1}
-    first, _ = run_ranks(2, "benchmarks.bench_checkpoint:compete", arguments, timeout=120)
+    first = on_ranks(2, "checkpoint:compete", arguments)
     assert {name: len(times) for name, times in first.items()} == dict.fromkeys(names, 1)
 
 
 def test_peak_memory_is_measured_above_a_base() -> None:
     arguments = {"name": "deepcore/2", "dtype": "fp32", "quick": True}
-    assert run_ranks(2, "benchmarks.bench_memory:peak", arguments, timeout=120)[0] > 1
+    assert benchmark_ranks.run_ranks(2, "benchmarks.bench_memory:peak", arguments, timeout=120)[0] > 1
 
 
 def test_live_bytes_are_those_of_storages_that_live() -> None:
@@ -108,7 +118,7 @@ def test_live_bytes_are_those_of_storages_that_live() -> None:
 
 
 def test_getting_ready_to_train_runs() -> None:
-    assert run_ranks(1, "benchmarks.bench_initialize:prepare", {"name": OURS, "quick": True}, timeout=120)[0] > 0
+    assert on_ranks(1, "initialize:prepare", {"name": OURS, "quick": True}) > 0
 
 
 def test_an_import_is_timed_in_a_process_of_its_own() -> None:
