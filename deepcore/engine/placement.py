@@ -21,6 +21,8 @@ from deepcore.sharding.sharded_group import ShardedGroup
 
 def require_stage(module: torch.nn.Module, stage: int) -> None:
     """Raise where a model that was built under ``zero.Init`` is to be held whole."""
+    if not scattered.any_left():
+        return
     name = next((name for name, param in module.named_parameters() if scattered.find(param) is not None), None)
     if name is not None and stage < 3:
         raise ConfigError(
@@ -33,7 +35,7 @@ def require_stage(module: torch.nn.Module, stage: int) -> None:
 
 def restore_rest(module: torch.nn.Module) -> None:
     """Make whole what ``zero.Init`` scattered and no group has taken: it is the same on every rank."""
-    for param in module.parameters():
+    for param in module.parameters() if scattered.any_left() else ():
         if scattered.find(param) is not None:
             scattered.restore(param)
 

@@ -52,7 +52,7 @@ class PrecisionPolicy:
         """The outermost submodules that a pattern of ``keep_fp32`` names."""
         found: list[torch.nn.Module] = []
         inside: set[torch.nn.Module] = set()
-        for name, child in module.named_modules():
+        for name, child in module.named_modules() if self.keep_fp32 else ():
             if child not in inside and self._matches(name, type(child).__name__):
                 found.append(child)
                 inside.update(child.modules())

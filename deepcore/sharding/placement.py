@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deepcore.sharding.layout import ShardLayout
 
@@ -27,8 +28,7 @@ class UpdateRule:
     cost: int = 0
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """The run of a parameter in one rank's shard: offsets in elements, from the shard's and the slot's start."""
 
     rank: int

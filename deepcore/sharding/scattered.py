@@ -137,10 +137,15 @@ def enter(param: torch.Tensor, entry: Scattered) -> None:
 
 def find(param: torch.Tensor) -> Scattered | None:
     """What is known of ``param``; None for an ordinary one."""
-    if not _table:  # the usual case, asked for every parameter many times over
+    if not _table.data:  # the usual case, asked for every parameter many times over
         return None
     entry: Scattered | None = _table.get(param)
     return entry
+
+
+def any_left() -> bool:
+    """Whether any parameter at all is held this way."""
+    return bool(_table.data)
 
 
 def take_over(param: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,13 @@ Knows nothing of training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from deepcore.comm.mesh import Axis
-from deepcore.sharding.module_units import UnitPlan
+from deepcore.sharding.module_units import UnitPlan, own
 from deepcore.zero.holdings import externals
 from deepcore.zero.traffic import UnitTraffic
 from deepcore.zero.unit import Unit
@@ -37,10 +37,25 @@ def build_traffic(
 ) -> UnitTraffic:
     """The traffic over ``units``, and the modules it has to watch in ``root``."""
     needs = needed_units(root, plans, units)
-    watched = [module for module in root.modules() if any(child in needs for child in module.modules())]
+    watched = _containing(root, needs)
     traffic = UnitTraffic(units, needs, watched, axis, prefetch_numel=settings.prefetch_numel, uniform=settings.uniform)
     traffic.keep_for_backward = _trailing(units, settings.keep_numel)
     return traffic
+
+
+def _containing(root: nn.Module, wanted: Container[nn.Module]) -> list[nn.Module]:
+    """The modules of ``root`` that are wanted or have one below them, in registration order."""
+    contains: dict[nn.Module, bool] = {}
+
+    def visit(module: nn.Module) -> bool:
+        if module not in contains:
+            contains[module] = False  # its place in the order
+            below = [visit(child) for child in module.children()]
+            contains[module] = module in wanted or any(below)
+        return contains[module]
+
+    visit(root)
+    return [module for module, found in contains.items() if found]
 
 
 def needed_units(root: nn.Module, plans: Sequence[UnitPlan], units: Sequence[Unit]) -> dict[nn.Module, list[Unit]]:
@@ -49,10 +64,11 @@ def needed_units(root: nn.Module, plans: Sequence[UnitPlan], units: Sequence[Uni
     needs: dict[nn.Module, list[Unit]] = {}
     for plan, unit in zip(plans, units, strict=True):
         for module in plan.members:
-            held = [owner[param] for param in module.parameters(recurse=plan.whole) if param in owner]
+            params = module.parameters() if plan.whole else own(module)
+            held = [owner[param] for param in params if param in owner]
             needs[module] = list(dict.fromkeys([unit, *held]))
     for module in tied_modules(root, plans):
-        held = [owner[param] for param in module.parameters(recurse=False) if param in owner]
+        held = [owner[param] for param in own(module) if param in owner]
         needs[module] = list(dict.fromkeys(held))
     for module in root.modules():
         read = [owner[param] for param in externals(module) if isinstance(param, nn.Parameter) and param in owner]
@@ -68,9 +84,7 @@ def tied_modules(root: nn.Module, plans: Sequence[UnitPlan]) -> list[nn.Module]:
         child for plan in plans for module in plan.members for child in (module.modules() if plan.whole else [module])
     }
     return [
-        module
-        for module in root.modules()
-        if module not in inside and any(param in placed for param in module.parameters(recurse=False))
+        module for module in root.modules() if module not in inside and any(param in placed for param in own(module))
     ]
 
 

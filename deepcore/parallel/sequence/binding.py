@@ -24,9 +24,10 @@ def bind(model: nn.Module, axis: Axis | None) -> None:
     Raises:
         UsageError: another model that shares a config object with this one computes on another axis.
     """
-    for module in model.modules():
+    modules = list(model.modules())
+    for module in modules:
         _axes[module] = axis
-    for module in model.modules():
+    for module in modules:
         config = getattr(module, "config", None)
         if config is None:
             continue
