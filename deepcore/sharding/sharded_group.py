@@ -12,6 +12,7 @@ import torch
 from deepcore.comm.collectives import Work
 from deepcore.comm.mesh import Axis
 from deepcore.errors import UsageError
+from deepcore.sharding import stale
 from deepcore.sharding.file_store import FileColumn, Ticket, aligned_buffer
 from deepcore.sharding.group import FlatGroup, GroupDtypes
 from deepcore.sharding.homes import Homes
@@ -30,7 +31,8 @@ class ShardedGroup(FlatGroup):
     """A flat group of which a rank keeps its shard only.
 
     The full storage is one for life, so that views which autograd saved stay valid: it shrinks to nothing and grows
-    back. While it is away each parameter is empty, so that every read of it fails instead of reading freed memory.
+    back. While it is away each parameter is empty, so that every read of it fails instead of reading freed memory. For
+    views that others keep see ``stale``.
 
     Attributes:
         residency: the state.
@@ -52,6 +54,7 @@ class ShardedGroup(FlatGroup):
         self._master: torch.Tensor | FileColumn | None = None  # until an arena claims it
         self._work: Work | None = None
         self._views: list[torch.Tensor] = []
+        self._lent: list[stale.Lent] = []
         self._versions: list[int] = []
 
     def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
@@ -89,6 +92,7 @@ class ShardedGroup(FlatGroup):
                 expected="weights on the device",
                 do="call engine.reload_states() first",
             )
+        stale.allow(self.full)
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         mine = self.full[self._begin : self._begin + self.layout.shard_numel]
         if self.column is not None:
@@ -158,13 +162,21 @@ class ShardedGroup(FlatGroup):
             param.data = view
         self.residency = Residency.FULL
 
-    def reshard(self) -> None:
-        """FULL to SHARDED: free the full storage. Local changes to the weights are lost."""
+    def reshard(self, *, lend: bool = False) -> None:
+        """FULL to SHARDED: free the full storage. Local changes to the weights are lost.
+
+        ``lend``: unless somebody else has views of it and torch cannot tell them; then they may keep it.
+        """
         assert self.residency is Residency.FULL, self.residency
         nothing = torch.empty(0, dtype=self.key.dtype, device=self.key.device)
         for param in self.params:
             param.data = nothing
+        if lend and not stale.CAN_FORBID and stale.is_viewed(self.full, len(self._views)):
+            self._lent.append(stale.Lent(self.full, self.label))
+            self.full = torch.empty_like(self.full)
+            self._views = self.views(self.full)
         self.full.untyped_storage().resize_(0)
+        stale.forbid(self.full, self.label)
         self._versions = [param._version for param in self.params]
         self.residency = Residency.SHARDED
 
@@ -188,6 +200,7 @@ class ShardedGroup(FlatGroup):
 
     def drop_writes(self) -> str | None:
         """SHARDED only: undo writes to parameters that are away; the name of the first one, or None."""
+        self._lent.clear()
         name = self._first_touched()
         if name is not None:
             for param in self.params:
@@ -202,6 +215,10 @@ class ShardedGroup(FlatGroup):
         return None
 
     def _require_untouched(self) -> None:
+        if self._lent:
+            self._lent = [lent for lent in self._lent if not lent.is_over]
+            for lent in self._lent:
+                lent.require_unwritten()
         name = self._first_touched()
         if name is not None:
             raise UsageError(

@@ -138,7 +138,8 @@ class Stage3(ShardedGradients):
         return self.traffic.hold(self.traffic.units)
 
     def hold(self, groups: Collection[FlatGroup]) -> AbstractContextManager[None]:
-        return self.traffic.hold([unit for unit in self.traffic.units if any(g in groups for g in unit.groups)])
+        units = [unit for unit in self.traffic.units if any(g in groups for g in unit.groups)]
+        return self.traffic.hold(units, lend=True)
 
     def _unit_with(self, param: torch.Tensor) -> Unit | None:
         groups = ((unit, group) for unit in self.traffic.units for group in unit.groups)

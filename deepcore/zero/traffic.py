@@ -200,8 +200,11 @@ class UnitTraffic:
         self.in_backward = self.holding = False
 
     @contextmanager
-    def hold(self, units: Sequence[Unit]) -> Iterator[None]:
-        """Some units full inside, on every rank, whatever is called there. Collective."""
+    def hold(self, units: Sequence[Unit], *, lend: bool = False) -> Iterator[None]:
+        """Some units full inside, on every rank, whatever is called there. Collective.
+
+        ``lend``: a user's code runs there, and may keep views.
+        """
         self.require_outside("weights cannot be gathered")
         gathered = [unit for unit in units if unit.is_sharded]
         for unit in gathered:
@@ -217,7 +220,7 @@ class UnitTraffic:
                 unit.pinned -= 1
                 if not unit.pinned:
                     unit.resident = unit.stays = False
-                    unit.reshard()
+                    unit.reshard(lend=lend)
 
     def require_outside(self, what: str) -> None:
         """Raise inside a forward or a backward."""

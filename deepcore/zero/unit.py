@@ -85,11 +85,11 @@ class Unit:
             for group in self.groups:
                 group.finish_unshard()
 
-    def reshard(self) -> None:
-        """Free the full weights, if they are there and nobody holds them."""
+    def reshard(self, *, lend: bool = False) -> None:
+        """Free the full weights, if they are there and nobody holds them; ``lend``: see ``ShardedGroup.reshard``."""
         if self.is_full and not self.pinned:
             for group in self.groups:
-                group.reshard()
+                group.reshard(lend=lend)
 
     def contribute(self, axis: Axis) -> None:
         """Take part in a gather whose result this rank has already."""

@@ -10,6 +10,7 @@ from torch import nn
 
 import deepcore
 from deepcore.errors import UsageError
+from deepcore.sharding import stale
 
 
 def start(stage: int, **config: Any) -> deepcore.Engine:
@@ -98,3 +99,30 @@ def written_while_sharded() -> bool:
 
 def test_a_write_to_a_sharded_parameter_is_refused_and_undone(ranks: Any) -> None:
     assert all(ranks(2, written_while_sharded))
+
+
+def views_that_outlive_their_block() -> bool:
+    """Whether a view kept of gathered weights stays readable, costs nothing once it is gone, and refuses to be written."""
+    expected = train(start(3), range(3))
+    engine = start(3)
+    with deepcore.zero.GatheredParameters(list(engine.module.parameters())):
+        weight, values = engine.module[0].weight.data.view(-1), engine.module[0].weight.detach().clone()
+    train(engine, range(2))
+    told = stale.CAN_FORBID
+    if stale.CAN_FORBID:
+        with pytest.raises(RuntimeError, match=r"a view of weights[\s\S]*'0\.weight'[\s\S]*clone"):
+            weight.sum()
+    else:
+        assert torch.equal(weight, values.view(-1))
+        weight[3] += 1
+        with pytest.raises(UsageError, match=r"a view of weights[\s\S]*'0\.weight'[\s\S]*clone"):
+            loss_of(engine, 2)
+        told = any(group._lent for unit in engine.strategy.traffic.units for group in unit.groups)
+    del weight
+    trained = train(engine, range(2, 3))
+    left = any(group._lent for unit in engine.strategy.traffic.units for group in unit.groups)
+    return told and not left and all(map(torch.equal, trained, expected))
+
+
+def test_a_view_that_outlives_gathered_parameters(ranks: Any, hostile: bool) -> None:
+    assert all(ranks(2, views_that_outlive_their_block, hostile=hostile))
