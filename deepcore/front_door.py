@@ -120,8 +120,8 @@ def _require_route(settings: Settings, mpu: Any) -> None:
             raise ConfigError(
                 "this route of initialize() is not built yet",
                 got=route,
-                expected="data and sequence parallelism with Engine",
-                do="remove it; the changelog will name the version that brings it",
+                expected="sequence_parallel_size, tensor_parallel.autotp_size and PipelineModule(num_stages=...)",
+                do="remove it and set those: the engine makes the groups",
             )
 
 

@@ -283,10 +283,10 @@ class Engine(CompiledBlocks, Persistent):
     def _randomness(self) -> AbstractContextManager[None]:
         """Every rank of a sequence draws its own numbers in the forward pass: it holds other tokens, or other heads.
 
-        Ranks that hold parts of layers draw alike, but between two such layers.
+        Ranks that hold parts of layers, for the same tokens, draw alike, but between two such layers.
         """
         if self.parts is not None:
-            return self.parts.randomness(self.mesh.dp.rank, draws=self.training)
+            return self.parts.randomness(self.mesh.zero_axis.rank, draws=self.training)
         sp = self.mesh.sp
         return nullcontext() if sp.size == 1 else forked(self.device, sp.rank)
 

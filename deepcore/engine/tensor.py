@@ -45,28 +45,13 @@ def cut_model(model: torch.nn.Module, mesh: Mesh, settings: Settings) -> TensorS
     """
     if mesh.tp.size == 1:
         return None
-    require_offered(model, settings)
+    require_stage(model, settings.zero_optimization.stage)
     require_same_model(model, mesh.tp)
     in_parts = any(scattered.find(param) is not None for param in model.parameters())
     plan = make_plan(twin_on_meta(model) if in_parts else model, mesh.tp.size, settings.tensor_parallel)
     if mesh.world.rank == 0 and mesh.tp.group is not None:
         logger().info("\n".join(plan.lines()))
     return TensorShards(model, mesh.tp, plan, mesh.zero_axis)
-
-
-def require_offered(model: torch.nn.Module, settings: Settings) -> None:
-    """Raise ConfigError where the layout, or how the model was built, does not go with tensor parallelism."""
-    require_stage(model, settings.zero_optimization.stage)
-    tensor, sequence = settings.tensor_parallel.size, settings.sequence_parallel_size
-    if sequence > 1:
-        ranks = tensor * sequence
-        raise ConfigError(
-            "tensor and sequence parallelism are not offered together yet",
-            got=f"{tensor} tensor-parallel x {sequence} sequence ranks",
-            expected="one of them",
-            do=f'set "sequence_parallel_size": {ranks} with "zero_optimization": {{"stage": 3}}, which cuts weights as '
-            f'well, and remove autotp_size; or "autotp_size": {ranks} and no sequence_parallel_size',
-        )
 
 
 def require_optimizer(optimizer: EngineOptimizer | None, shards: TensorShards | None) -> None:
@@ -158,7 +143,7 @@ class PartRanks:
         return part if cut is None else self.shards.whole(part, cut)
 
     def randomness(self, replica: int, *, draws: bool) -> AbstractContextManager[None]:
-        """The random numbers of a forward pass on the samples of a data-parallel ``replica``."""
+        """The random numbers of a forward pass on the samples, or parts of them, of one ``replica`` of the weights."""
         if not draws:
             return nullcontext()
         self.draws[1] += 1

@@ -13,8 +13,7 @@ from deepcore.comm.exchange import gather_records, together
 from deepcore.comm.mesh import Mesh
 from deepcore.config import Settings
 from deepcore.config.sections.parallel import TensorParallel
-from deepcore.engine.placement import require_same_model
-from deepcore.engine.tensor import require_offered
+from deepcore.engine.placement import require_same_model, require_stage
 from deepcore.errors import ConfigError
 from deepcore.parallel.pipeline.module import PipelineModule
 from deepcore.parallel.tensor.apply import TensorShards
@@ -35,7 +34,7 @@ def cut_stages(model: PipelineModule, mesh: Mesh, settings: Settings) -> TensorS
     """
     if mesh.tp.size == 1:
         return None
-    require_offered(model, settings)
+    require_stage(model, settings.zero_optimization.stage)
     require_same_model(model, mesh.tp)
     plan = _plan(model, mesh, settings.tensor_parallel)
     told = gather_records({"cuts": any(layer.splits for layer in plan.layers), "lines": plan.lines()}, mesh.pp)

@@ -96,19 +96,6 @@ def read() -> dict[str, Any]:
     return found
 
 
-def both_axes() -> str:
-    try:
-        deepcore.initialize(model=build(0), config={**CUT, **SGD, "sequence_parallel_size": 2})
-    except DeepcoreError as error:
-        return error.what
-    return ""
-
-
-def test_sequences_and_layers_are_not_cut_together_yet() -> None:
-    for found in run_ranks(4, both_axes):
-        assert found == "tensor and sequence parallelism are not offered together yet"
-
-
 def test_what_users_read() -> None:
     for rank, found in enumerate(run_ranks(4, read, timeout=120)):
         assert found["tensor"] == found["model"] == (rank % 2, 2)

@@ -38,6 +38,9 @@ class Case:
     def world(self) -> int:
         return self.dp * self.sp
 
+    def build(self, seed: int) -> torch.nn.Module:
+        return build(seed)
+
     def config(self) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": 2,
@@ -56,7 +59,7 @@ class Case:
 
 def train(case: Case) -> dict[str, Any]:
     rank = torch.distributed.get_rank()
-    engine, *_ = deepcore.initialize(model=build(100 + rank), config=case.config())
+    engine, *_ = deepcore.initialize(model=case.build(100 + rank), config=case.config())
     mesh = engine.mesh
     axis = mesh.zero_axis if case.over_samples else mesh.sp
     norms, applied, losses = [], [], []
@@ -78,7 +81,7 @@ def train(case: Case) -> dict[str, Any]:
 
 def reference(case: Case) -> dict[str, Any]:
     """One process and whole sequences: the mean over the data ranks, in plain PyTorch but for the fused AdamW."""
-    model = build(100)
+    model = case.build(100)
     sequence.bind(model, None)
     trainable = [param for param in model.parameters() if param.requires_grad]
     optimizer = FusedAdam(trainable, lr=1e-2, weight_decay=0.1, eps=case.eps)

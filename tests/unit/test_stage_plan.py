@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from deepcore.cli import main
 from deepcore.engine.tensor_stages import torn_ties
 from deepcore.errors import ConfigError
 from deepcore.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -186,3 +188,17 @@ def test_stages_that_cut_a_tie_differently_are_found() -> None:
     mine: dict[str, Any] = {"a": [["tied_modules.a", "vocab", 1, []]], "b": []}
     assert torn_ties([mine, {"a": mine["a"]}, {"b": []}]) == []
     assert torn_ties([mine, {"a": []}, {"b": []}]) == ["a"]
+
+
+def test_the_command_plans_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "row.py"
+    script.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from deepcore.pipe import LayerSpec, PipelineModule\n"
+        "def build_model():\n"
+        "    layers = [LayerSpec(nn.Linear, 8, 24), torch.relu, LayerSpec(nn.Linear, 24, 8)]\n"
+        "    return PipelineModule(layers, num_stages=1)\n"
+    )
+    assert main(["plan", "tensor", str(script), "--ranks", "2"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [["0", "column"], ["2", "row"]]

@@ -29,7 +29,7 @@ class Builder:
 
     def __init__(self, layers: Sequence[Any], seed: int | None, seed_fn: Callable[[int], Any] | None) -> None:
         self._layers = layers
-        self._seed = int(torch.randint(2**48, ())) if seed is None else seed
+        self._seed = int(torch.randint(2**48, (), device="cpu")) if seed is None else seed
         self._seed_fn = seed_fn if seed is not None else None
 
     def build(self, index: int) -> Callable[[Any], Any]:
