@@ -3,18 +3,20 @@
 Knows nothing of schedules or ranks beyond the number of stages:
 
     deepcore run --nproc 2 examples/pipeline/train.py
-    deepcore run --nproc 4 examples/pipeline/train.py --stages 2
+    deepcore run --nproc 4 examples/pipeline/train.py --stages 2                # two replicas
+    deepcore run --nproc 4 examples/pipeline/train.py --stages 2 --tp 2         # each layer on two ranks
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.data import Dataset
 
 import deepcore
@@ -52,21 +54,36 @@ class Positions(nn.Module):
         return x + self.weight
 
 
+class Attention(nn.Module):
+    """Causal; written with the width of a head, so that heads can be cut over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = HEADS, WIDTH // HEADS
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in self.parts(x))
+        attended = scaled_dot_product_attention(*heads, is_causal=True)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.query(x), self.key(x), self.value(x)
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.attention = Attention()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, time, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, time, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4)
-        attended = scaled_dot_product_attention(*qkv.unbind(0), is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, time, width))
-        return x + self.down(gelu(self.up(self.norm2(x))))
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class Table(nn.Embedding):
@@ -101,8 +118,9 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
     ranks = deepcore.init_distributed().size
+    config = {**json.loads(Path(args.config).read_text()), "tensor_parallel": {"autotp_size": args.tp}}
     engine, *_ = deepcore.initialize(
-        model=build(args.stages or ranks), training_data=Sorting(20_000, seed=1), config=args.config
+        model=build(args.stages or ranks // args.tp), training_data=Sorting(20_000, seed=1), config=config
     )
     first = None
     for _ in range(args.steps):
@@ -123,7 +141,8 @@ def evaluate(engine: Any) -> tuple[torch.Tensor, float]:
     share = torch.zeros((), device=engine.device)
     if output is not None:  # only the last stage sees the logits
         labels = rows.rows[:, LENGTH + 1 :].to(output.device)
-        share += (output.argmax(-1) == labels).float().mean() / engine.dp_world_size
+        ranks = engine.dp_world_size * engine.get_tensor_parallel_world_size()
+        share += (output.argmax(-1) == labels).float().mean() / ranks
     deepcore.comm.all_reduce(share)
     return mean, share.item()
 
@@ -132,7 +151,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small transformer, cut into stages, to sort digits.")
     parser.add_argument("--config", default=str(Path(__file__).with_name("config.json")), help="the engine's config")
     parser.add_argument("--steps", type=int, default=200, help="number of updates")
-    parser.add_argument("--stages", type=int, help="number of stages (default: one per rank)")
+    parser.add_argument("--stages", type=int, help="number of stages (default: as many as there are ranks for)")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
     return parser.parse_args()
 
 

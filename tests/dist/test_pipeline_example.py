@@ -1,4 +1,4 @@
-"""The example of a pipeline runs on two ranks and learns."""
+"""The example of a pipeline runs on two ranks, and on four that share layers, and learns."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_the_example_learns_on_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "options"), [(2, []), pytest.param(4, ["--stages", "2", "--tp", "2"], marks=pytest.mark.nightly)]
+)
+def test_the_example_learns(ranks: int, options: list[str], tmp_path: Path) -> None:
     script = REPO / "examples" / "pipeline" / "train.py"
-    command = [sys.executable, "-m", "deepcore", "run", "--nproc", "2", str(script), "--steps", "10"]
+    command = [sys.executable, "-m", "deepcore", "run", "--nproc", str(ranks), str(script), "--steps", "10", *options]
     environment = {"PYTHONPATH": str(REPO), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
