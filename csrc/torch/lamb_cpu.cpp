@@ -9,8 +9,6 @@ namespace {
 using namespace deepcore;
 using namespace deepcore::binding;
 
-const TensorList kNoCopies;
-
 void lamb_moments_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                    const TensorList& exp_avg_sqs, const Tensor& segments, const Tensor& chunk_offsets,
                    const Tensor& hyper, const Tensor& steps, const Tensor& active, const Tensor& grad_scale,

@@ -14,6 +14,8 @@ struct NamedList {
     bool optional = false;  // may be empty; then those after it are, too
 };
 
+const TensorList kNoCopies;
+
 struct UpdateLists {
     const TensorList& params;
     const TensorList* grads;  // null where the op has none

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from deepcore.ops.reference import adagrad, adam, bucket, cast, flatten, grad_stats, lamb, lion, loss_scale, sgd
+from deepcore.ops.reference import adagrad, adam, bucket, cast, flatten, grad_stats, lamb, lion, loss_scale, muon, sgd
 
 LIBRARY = torch.library.Library("deepcore", "DEF")
 
@@ -21,6 +21,7 @@ SCHEMAS = {
     "lion": lion,
     "adagrad": adagrad,
     "sgd": sgd,
+    "muon": muon,
     "loss_scale": loss_scale,
 }
 

@@ -143,6 +143,20 @@ def _lamb_apply(device: torch.device) -> Arguments:
     return [params, exp_avgs, exp_avg_sqs, copies, segments, offsets, hyper, steps, active, ratios, skip]
 
 
+_MUON = [0.01, 0.95, 1.0, 0.1, 0.0, 0.0, 0.0, 0.0]
+
+
+def _muon_momentum(device: torch.device) -> Arguments:
+    params, grads, buffers, _, *rest = _elementwise(*_MUON)(device)
+    return [params, grads, buffers, *rest]
+
+
+def _muon_apply(device: torch.device) -> Arguments:
+    params, grads, _, copies, segments, offsets, hyper, steps, active, _, skip = _elementwise(*_MUON)(device)
+    ratios = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device)
+    return [params, grads, copies, segments, offsets, hyper, steps, active, ratios, skip]
+
+
 def _loss_scale(device: torch.device) -> Arguments:
     return [torch.tensor([8.0, 2.0, 1.0], device=device), torch.ones(1, device=device), 3, 2, False, 1.0]
 
@@ -160,5 +174,7 @@ ARGUMENTS: dict[str, Callable[[torch.device], Arguments]] = {
     "lion_": _elementwise(0.01, 0.9, 0.99, 0.1),
     "adagrad_": _elementwise(0.01, 0.1, 1e-6, 0.1),
     "sgd_": _elementwise(0.01, 0.9, 0.1, 1.0, 0.1),
+    "muon_momentum_": _muon_momentum,
+    "muon_apply_": _muon_apply,
     "loss_scale_update_": _loss_scale,
 }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from deepcore.errors import ConfigError
+from deepcore.optim.matrices import Matrices, Plans
 from deepcore.optim.orthogonal import METHODS, orthogonalize
 from deepcore.optim.ranges import out_of_range, require_at_least_zero, require_betas, require_fraction
 from deepcore.optim.segment_optimizer import SegmentOptimizer
@@ -34,7 +35,7 @@ class Muon(SegmentOptimizer):
     For a matrix, in fp32 up to the orthogonalisation, with mu = momentum::
 
         B = B + (1 - mu) * (g - B)
-        U = g + mu * (B - g)                     Nesterov; else U = B
+        U = B + (1 - mu) * (g - B)               Nesterov, with the new B; else U = B
         O = orthogonalize(U)                     Newton-Schulz, see ``orthogonal.py``
         p = p * (1 - lr * wd)
         p = p - lr * adjust * O                  adjust = sqrt(max(1, rows / columns)) ("original"), or
@@ -92,6 +93,7 @@ class Muon(SegmentOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
         }
         self._rest = {"lr": _first(adam_lr, lr, 3e-4), "betas": tuple(betas), "eps": eps}
+        self._plans = Plans()
         self.shared: SharedMatrices | None = None  # under an engine: matrices of which other ranks have parts
         super().__init__(params, {"weight_decay": weight_decay})
 
@@ -138,14 +140,15 @@ class Muon(SegmentOptimizer):
 
     def hyper_row(self, group: Mapping[str, Any]) -> list[float]:
         if group["use_muon"]:
-            return [0.0] * 8  # matrices are updated from the group itself
+            row = [group["lr"], group["momentum"], group["nesterov"], group["weight_decay"], 0, 0, 0, 0]
+            return [float(value) for value in row]
         beta1, beta2 = group["betas"]
         row = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"], True, True, 0.0]
         return [float(value) for value in row]
 
     def launch(self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         if batch.family == MATRICES:
-            self._launch_matrices(batch, grad_scale, skip)
+            self._launch_matrices(batch, hyper, grad_scale, skip)
             return
         torch.ops.deepcore.adam_(
             batch.params,
@@ -163,22 +166,25 @@ class Muon(SegmentOptimizer):
             skip,
         )
 
-    def _launch_matrices(self, batch: SegmentBatch, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
+    def _launch_matrices(
+        self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor
+    ) -> None:
         """Every tensor of the batch is one parameter in its own shape; nothing is read back from the device."""
-        due = (batch.active != 0) & (skip == 0)
-        batch.steps.add_(due)
         names = () if self.shared is None else self.shared.cuts.keys()
         cut = [index for index, segment in enumerate(batch.table.segments) if segment.name in names]
         for group, indices in self._stacks(batch, set(cut)):
-            directions = [self._direction(batch, index, group, grad_scale, due[index]) for index in indices]
-            stack = _orthogonal(group, torch.stack(directions))
-            for index, ortho in zip(indices, stack, strict=True):
-                _apply(batch, index, group, ortho, tuple(ortho.shape), due[index])
+            param = batch.params[indices[0]]
+            shape = (param.shape[0], param.numel() // param.shape[0])
+            plan = self._plans.get(batch, indices, [_ratio(group, *shape)] * len(indices))
+            matrices = Matrices(batch, indices, plan, hyper, skip)
+            stack = torch.empty(len(indices), *shape, dtype=_DTYPES[group["ns_dtype"]], device=param.device)
+            matrices.momentum(list(stack), grad_scale)
+            matrices.apply(list(_orthogonal(group, stack).contiguous()))
         if cut:
-            self._launch_parts(batch, cut, grad_scale, due)
+            self._launch_parts(batch, cut, hyper, grad_scale, skip)
 
     def _launch_parts(
-        self, batch: SegmentBatch, indices: list[int], grad_scale: torch.Tensor, due: torch.Tensor
+        self, batch: SegmentBatch, indices: list[int], hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor
     ) -> None:
         """Matrices of which other ranks have the other parts."""
         shared = self.shared
@@ -199,14 +205,14 @@ class Muon(SegmentOptimizer):
                     found.update(zip(some, _orthogonal(self.param_groups[row], stack).float(), strict=True))
             return [found[number].view(forms[place]) for number, place in enumerate(own)]
 
-        given = [
-            self._direction(batch, index, group, grad_scale, due[index]).view(shared.cuts[name].part_shape)
-            for index, group, name in zip(indices, groups, names, strict=True)
-        ]
+        plan = self._plans.get(
+            batch, indices, [_ratio(group, *shape) for group, shape in zip(groups, shapes, strict=True)]
+        )
+        matrices = Matrices(batch, indices, plan, hyper, skip)
+        given = [torch.zeros(shared.cuts[name].part_shape, device=batch.steps.device) for name in names]
+        matrices.momentum(given, grad_scale)
         costs = [rows * columns * min(rows, columns) for rows, columns in shapes]
-        orthos = shared.mapped(names, given, costs, work)
-        for index, group, ortho, shape in zip(indices, groups, orthos, shapes, strict=True):
-            _apply(batch, index, group, ortho, shape, due[index])
+        matrices.apply([ortho.contiguous() for ortho in shared.mapped(names, given, costs, work)])
 
     def _stacks(self, batch: SegmentBatch, without: set[int]) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
         """The tensors of a batch by group and shape, as many together as ``STACK_NUMEL`` allows."""
@@ -218,16 +224,6 @@ class Muon(SegmentOptimizer):
         for (row, rows, columns), indices in alike.items():
             for some in _bounded(indices, rows * columns):
                 yield self.param_groups[row], some
-
-    def _direction(
-        self, batch: SegmentBatch, index: int, group: Mapping[str, Any], scale: torch.Tensor, due: torch.Tensor
-    ) -> torch.Tensor:
-        """What is to be orthogonalised of one matrix; its momentum follows where it is due."""
-        mu, buffer = group["momentum"], batch.states["momentum_buffer"][index]
-        g = batch.grads[index].float() * scale
-        momentum = buffer.lerp(g, 1 - mu)
-        buffer.copy_(torch.where(due, momentum, buffer))
-        return (g.lerp(momentum, mu) if group["nesterov"] else momentum).flatten(1)
 
 
 def _bounded(indices: list[int], numel: int) -> Iterator[list[int]]:
@@ -243,24 +239,11 @@ def _orthogonal(group: Mapping[str, Any], matrices: torch.Tensor) -> torch.Tenso
     return orthogonalize(matrices, method=group["ns_method"], steps=group["ns_steps"], dtype=dtype)
 
 
-def _apply(
-    batch: SegmentBatch,
-    index: int,
-    group: Mapping[str, Any],
-    ortho: torch.Tensor,
-    shape: tuple[int, ...],
-    due: torch.Tensor,
-) -> None:
-    """New weights of one matrix, or of a part of one of ``shape``, where it is due."""
-    lr, (rows, columns), stored = float(group["lr"]), shape, batch.params[index]
-    adjust = math.sqrt(max(1, rows / columns))
+def _ratio(group: Mapping[str, Any], rows: int, columns: int) -> float:
+    """How the rate follows the shape of a whole matrix."""
     if group["adjust_lr_fn"] == "match_rms_adamw":
-        adjust = 0.2 * math.sqrt(max(rows, columns))
-    weight = stored.float() * (1 - lr * group["weight_decay"])
-    weight = weight.add(ortho.reshape(stored.shape), alpha=-lr * adjust)
-    stored.copy_(torch.where(due, weight, stored))
-    if batch.copies:
-        batch.copies[index].copy_(stored)
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))
 
 
 def divided(group: dict[str, Any]) -> list[dict[str, Any]]:

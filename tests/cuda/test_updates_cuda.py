@@ -19,6 +19,8 @@ from tests.kernels.test_adagrad import TestAdagrad as Adagrad
 from tests.kernels.test_lamb import TestLambApply as LambApply
 from tests.kernels.test_lamb import TestLambMoments as LambMoments
 from tests.kernels.test_lion import TestLion as Lion
+from tests.kernels.test_muon import TestMuonApply as MuonApply
+from tests.kernels.test_muon import TestMuonMomentum as MuonMomentum
 from tests.kernels.test_sgd import TestSgd as Sgd
 from tests.kernels.update_cases import Call, Dtypes
 from tests.kernels.update_contract import DTYPES, EDGES, same
@@ -26,7 +28,7 @@ from tests.kernels.update_contract import DTYPES, EDGES, same
 pytestmark = pytest.mark.cuda
 
 DEVICE = "cuda"
-CONTRACTS = [Sgd, Lion, Adagrad, LambMoments, LambApply]
+CONTRACTS = [Sgd, Lion, Adagrad, LambMoments, LambApply, MuonMomentum, MuonApply]
 everywhere = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.op)
 
 
