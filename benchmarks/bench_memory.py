@@ -15,7 +15,7 @@ from benchmarks import models
 from benchmarks.bench_step import ROWS
 from benchmarks.harness import Options, Result
 from benchmarks.ranks import run_ranks
-from benchmarks.trainers import DTYPES, TRAINERS, Job, names_wanted
+from benchmarks.trainers import DTYPES, TRAINERS, Job, absent, names_wanted
 
 NUM_RANKS, NUM_STEPS = 2, 4
 
@@ -31,7 +31,8 @@ def bench(options: Options) -> Iterator[Result]:
                 peak = run_ranks(NUM_RANKS, "benchmarks.bench_memory:peak", arguments, timeout=300)[0]
                 samples[name].append(peak / 1e3)  # GB: rows show thousandths
         params = {"dtype": dtype, "ranks": NUM_RANKS, "threads": 1, "device": "cpu"}
-        yield Result("memory", "tiny" if options.quick else "11M GPT", samples, params, unit="MB")
+        case = "tiny" if options.quick else "11M GPT"
+        yield Result("memory", case, samples, params, notes=absent(options), unit="MB")
 
 
 def peak(name: str, dtype: str, quick: bool) -> float:

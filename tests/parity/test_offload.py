@@ -21,7 +21,14 @@ from tests.parity.selection import in_turns
 
 CPU = {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}
 BOTH = {**CPU, "offload_param": {"device": "cpu"}}
-KEYS = {"adamw": "exp_avg", "lamb": "exp_avg_sq", "adagrad": "sum", "nadam": "exp_avg", "muon": "momentum_buffer"}
+KEYS = {
+    "adamw": "exp_avg",
+    "adam-bf16": "exp_avg_sq",
+    "lamb": "exp_avg_sq",
+    "adagrad": "sum",
+    "nadam": "exp_avg",
+    "muon": "momentum_buffer",
+}
 CASES = [
     Case(stage=stage, world=world, accumulation=accumulation, clip=clip, bf16=kind == "bf16", fp16=kind == "fp16")
     for stage, (world, accumulation, clip, kind) in itertools.product(
@@ -71,6 +78,7 @@ ROWS = [
     ("nadam", Case(stage=3, world=2, bf16=True), BOTH),
     ("adamw", Case(stage=3, world=2, fp16=True, clip=0.3, persistent=100), BOTH),
     ("adamw", Case(stage=3, world=3, bf16=True), {**CPU, "stage3_prefetch_bucket_size": 10_000}),
+    ("adam-bf16", Case(stage=2, world=1, accumulation=3, clip=0.3), CPU),
 ]
 
 
@@ -87,6 +95,7 @@ def test_every_kind_of_update_makes_the_journey(recipe: str, case: Case, offload
 
 
 FILES = [
+    ("adam-bf16", Case(stage=1, world=1, clip=0.3, bf16=True), True),
     ("adamw", Case(stage=1, world=1, accumulation=3, clip=0.3, bf16=True), False),
     ("adamw", Case(stage=2, world=2, clip=0.3), True),
     ("lamb", Case(stage=3, world=2, accumulation=3, clip=0.3, bf16=True), False),
@@ -98,7 +107,7 @@ FILES = [
     ("adagrad", Case(stage=1, world=2, clip=0.3, bf16=True), False),
 ]
 FILE_ROWS = [
-    pytest.param(*row, id=f"{row[0]} at stage {row[1].stage}", marks=() if number < 4 else pytest.mark.nightly)
+    pytest.param(*row, id=f"{row[0]} at stage {row[1].stage}", marks=() if number < 5 else pytest.mark.nightly)
     for number, row in enumerate(FILES)
 ]
 
