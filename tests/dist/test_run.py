@@ -81,6 +81,7 @@ def test_ranks_run_the_script_and_rank_0_is_heard(launch):
     assert err == "warning 0\n"
 
 
+@pytest.mark.nightly
 def test_all_output_is_prefixed_on_request(launch):
     body = """print("threads", os.environ["OMP_NUM_THREADS"])"""
     code, out, _ = finish(launch(body, options=["--output", "all"]))
@@ -133,13 +134,13 @@ def test_a_rank_that_will_not_listen_ends_too(launch):
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
-        ("sys.exit(7 if rank else 0)", 7, "rank 1 of 2 exited with code 7"),
+        pytest.param("sys.exit(7 if rank else 0)", 7, "rank 1 of 2 exited with code 7", marks=pytest.mark.nightly),
         (
             "rank and os.kill(os.getpid(), signal.SIGKILL)",
             137,
             "rank 1 of 2 was ended by SIGKILL (often: out of memory)",
         ),
-        ("def broken(:", 1, "SyntaxError"),
+        pytest.param("def broken(:", 1, "SyntaxError", marks=pytest.mark.nightly),
     ],
 )
 def test_other_ways_to_fail(launch, body, code, words):
@@ -149,6 +150,7 @@ def test_other_ways_to_fail(launch, body, code, words):
     assert err.count("all ranks were ended") == 1
 
 
+@pytest.mark.nightly
 def test_the_failing_ranks_last_words_on_stderr_are_shown(launch):
     body = """
     if rank:
@@ -184,6 +186,7 @@ def test_interrupt_ends_all_ranks(launch, tmp_path):
             os.kill(int((tmp_path / f"pid.{rank}").read_text()), 0)
 
 
+@pytest.mark.nightly
 def test_a_module_and_one_rank(launch, tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")

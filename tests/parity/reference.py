@@ -24,7 +24,7 @@ class Case:
     accumulation: int = 1
     bf16: bool = False
     clip: float = 0.0
-    steps: int = 10
+    steps: int = 6
     optimizer: str = "AdamW"
     lr: float = 1e-2
     eps: float = 1e-8

@@ -42,7 +42,9 @@ def test_equals_the_reference_slice_by_slice(case: Case, hostile: bool) -> None:
 )
 @pytest.mark.parametrize("client", [True, False], ids=["client", "config"])
 def test_equals_torch_on_the_unsplit_batch(world: int, optimizer: str, eps: float, limit: float, client: bool) -> None:
-    case = Case(world=world, accumulation=2, clip=0.5, optimizer=optimizer, eps=eps, lr=1e-3, weight_decay=0.01)
+    case = Case(
+        world=world, steps=10, accumulation=2, clip=0.5, optimizer=optimizer, eps=eps, lr=1e-3, weight_decay=0.01
+    )
     results = run_ranks(world, train, case, optimizer if client else None)
 
     def torch_optimizer(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

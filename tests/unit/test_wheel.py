@@ -85,6 +85,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(tmp_path: Path) -> Non
     assert not any(name.startswith(("deepcore/_csrc/tests", "tests/", "csrc/")) for name in names)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("asked", "complaint"), [("native", "need a C++ compiler"), ("everything", "DEEPCORE_WHEEL has an unknown value")]
 )
