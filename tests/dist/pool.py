@@ -1,4 +1,4 @@
-"""Owns the rank pool: processes kept alive across tests, since importing torch costs seconds.
+"""Owns the rank pool: processes kept alive across tests, and forked where new ones are needed: imports cost seconds.
 
 Knows nothing of what the ranks run. Every call gets a fresh world; a call that hangs or crashes costs its processes.
 """
@@ -10,7 +10,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +20,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.dist.nursery import Nursery
 from tests.dist.worker import Answer, Call
 
-REPO = Path(__file__).resolve().parents[2]
 START_LIMIT = 120.0  # seconds for a process to import torch on a busy machine
 GRACE = 2.0  # seconds that the other ranks get to end by themselves once one has failed
 LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "SLURM_", "TORCHELASTIC_", "LOCAL_", "MASTER_", "GROUP_", "ROLE_")
@@ -86,6 +85,7 @@ class Pool:
 
     def __init__(self, gpu: bool = False) -> None:
         self._gpu = gpu
+        self._nursery: Nursery | None = None
         self._ranks: list[Rank] = []
         self._serial = 0
         self._server: dist.TCPStore | None = None
@@ -113,12 +113,14 @@ class Pool:
 
     def _start(self, world_size: int) -> None:
         """Have that many live processes; their start does not count against a call's time limit."""
+        if self._nursery is None:
+            self._nursery = Nursery(_environment(self._gpu))
         for index, rank in enumerate(self._ranks):
             if rank.has_ended():
                 rank.kill()
-                self._ranks[index] = Rank(self._gpu)
+                self._ranks[index] = Rank(self._nursery)
         while len(self._ranks) < world_size:
-            self._ranks.append(Rank(self._gpu))
+            self._ranks.append(Rank(self._nursery))
         for rank in self._ranks:
             rank.await_start()
 
@@ -178,27 +180,25 @@ class Pool:
         while self._ranks:
             self._ranks.pop().kill()
 
+    def end(self) -> None:
+        """The same, and the process that they come from."""
+        self.close()
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
+
 
 class Rank:
     """One process of the pool, its pipe, and the files that hold its output and its stacks."""
 
-    def __init__(self, gpu: bool) -> None:
+    def __init__(self, nursery: Nursery) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="deepcore-rank-"))
         self.pipe, theirs = Pipe()
         self._started = False
         self._said = 0  # bytes of output that belong to earlier calls
-        command = [sys.executable, "-m", "tests.dist.worker", str(theirs.fileno()), str(self._folder / "stacks")]
-        with (self._folder / "output").open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                cwd=REPO,
-                env=_environment(gpu),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the parent, which then ends us
-            )
+        output = self._folder / "output"
+        output.touch()
+        self._process = nursery.start(theirs.fileno(), output, self._folder / "stacks")
         theirs.close()
 
     def await_start(self) -> None:
@@ -270,4 +270,4 @@ _pools: dict[bool, Pool] = {}
 def close_pools() -> None:
     """End all processes of all pools."""
     for pool in _pools.values():
-        pool.close()
+        pool.end()

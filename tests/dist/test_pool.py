@@ -107,7 +107,6 @@ def test_the_first_failing_ranks_traceback_is_the_error(ranks):
     assert ranks(3, who_am_i, 0) == [(0, 3), (1, 3), (2, 3)]
 
 
-@pytest.mark.nightly
 def test_a_rank_that_outlives_anothers_failure_is_ended_and_replaced(ranks):
     before = ranks(2, process_id)
     with pytest.raises(RankFailedError, match="rank 1 did not end within") as caught:
@@ -133,7 +132,6 @@ def test_a_killed_rank_is_reported_with_its_output(ranks):
     assert "about to end" in str(caught.value)
 
 
-@pytest.mark.nightly
 def test_a_process_that_died_between_calls_is_replaced(ranks):
     before = ranks(2, process_id)
     os.kill(before[1], signal.SIGKILL)

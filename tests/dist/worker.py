@@ -203,10 +203,3 @@ def _short(value: object) -> str:
     except Exception as error:  # a repr may do anything, and this one is only a courtesy
         text = f"<repr failed: {error!r}>"
     return text if len(text) <= 300 else text[:300] + "..."
-
-
-if __name__ == "__main__":
-    # Calls are pickled by reference: their class must be tests.dist.worker.Call here too, not __main__.Call.
-    from tests.dist import worker
-
-    worker.main(int(sys.argv[1]), sys.argv[2])
