@@ -71,8 +71,8 @@ def initialize(
     raw = resumed_config(load(config, config_params=config_params, args=args))
 
     world = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    per_stage = world.size // model.num_stages if isinstance(model, PipelineModule) else world.size
-    settings = parse(with_wish(with_mesh(raw, mesh_param), model), world_size=per_stage)
+    stages = model.num_stages if isinstance(model, PipelineModule) else 1
+    settings = parse(with_wish(with_mesh(raw, mesh_param), model), world_size=world.size, num_stages=stages)
     _require_route(settings, mpu)
     ops.load(world.device.type)
 

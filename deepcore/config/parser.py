@@ -16,7 +16,7 @@ from deepcore.config.legacy import move_keys, rename_sections
 from deepcore.config.params import check_optimizer, check_scheduler
 from deepcore.config.paths import copied
 from deepcore.config.rare import set_aside
-from deepcore.config.resolve import resolve_batch, resolve_ranks
+from deepcore.config.resolve import Layout, resolve_batch, resolve_ranks
 from deepcore.config.settings import Settings
 from deepcore.config.translate import problems_of
 from deepcore.config.walk import apply_dotted, normalised
@@ -24,15 +24,21 @@ from deepcore.errors import ConfigError
 
 
 def parse(
-    raw: dict[str, Any], *, world_size: int, data_parallel_size: int | None = None, require_built: bool = True
+    raw: dict[str, Any],
+    *,
+    world_size: int,
+    num_stages: int = 1,
+    data_parallel_size: int | None = None,
+    require_built: bool = True,
 ) -> Settings:
     """Resolves a raw config; ``raw`` itself is never changed.
 
     Args:
         raw: the config as a dict, as ``load`` returns it.
-        world_size: number of ranks in the job, or in one stage of a pipeline; divided by the sequence- and
-            tensor-parallel sizes it gives the number of data-parallel ranks.
-        data_parallel_size: that number itself, where the caller knows it (a pipeline, a user's own groups).
+        world_size: number of ranks in the job; divided by the stages and the sequence- and tensor-parallel sizes it
+            gives the number of data-parallel ranks.
+        num_stages: ranks that a batch passes through in a pipeline.
+        data_parallel_size: the number of data-parallel ranks itself, where the caller knows it (a user's own groups).
         require_built: False lets through settings that are planned and not built yet; ``explain`` notes them.
 
     Raises:
@@ -44,7 +50,8 @@ def parse(
         )
     _require_text_keys(raw, "")
     ledger = Ledger()
-    settings = _validated(_prepared(raw, world_size, data_parallel_size, ledger), ledger)
+    layout = Layout(world_size, num_stages, data_parallel_size)
+    settings = _validated(_prepared(raw, layout, ledger), ledger)
     ledger.problems.extend(conflicts(settings))
     for key, problem in unavailable(settings):
         if require_built:
@@ -69,14 +76,14 @@ def _require_text_keys(tree: dict[Any, Any], prefix: str) -> None:
             _require_text_keys(value, f"{prefix}{key}.")
 
 
-def _prepared(raw: dict[str, Any], world_size: int, ranks: int | None, ledger: Ledger) -> dict[str, Any]:
+def _prepared(raw: dict[str, Any], layout: Layout, ledger: Ledger) -> dict[str, Any]:
     """The raw config in the shape that the sections validate; problems go to the ledger."""
     working: dict[str, Any] = copied(raw)
     rename_sections(working, ledger)
     apply_dotted(working, Settings, ledger)
     move_keys(working, ledger)
     set_aside(working, ledger)
-    resolve_batch(working, resolve_ranks(working, world_size, ranks, ledger), ledger)
+    resolve_batch(working, resolve_ranks(working, layout, ledger), ledger)
     working = normalised(working, Settings, ledger)
     if isinstance(working.get("optimizer"), dict):
         check_optimizer(working["optimizer"], ledger)

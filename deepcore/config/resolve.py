@@ -5,6 +5,7 @@ Knows nothing of process groups: the number of ranks is given.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from deepcore.config.ledger import Ledger, Problem
@@ -14,28 +15,45 @@ TOTAL, MICRO, STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gra
 _KEYS = (TOTAL, MICRO, STEPS)
 
 
-def resolve_ranks(raw: dict[str, Any], world_size: int, override: int | None, ledger: Ledger) -> int | None:
+@dataclass(frozen=True)
+class Layout:
+    """What is known of the ranks from outside of the config; ``data`` where the data-parallel ranks are."""
+
+    world_size: int
+    num_stages: int = 1
+    data: int | None = None
+
+
+def resolve_ranks(raw: dict[str, Any], layout: Layout, ledger: Ledger) -> int | None:
     """The number of data-parallel ranks, written to ``raw``; None where it cannot be told (a problem is recorded)."""
     sequence = _size(raw, "sequence_parallel_size")
     tensor = max(_size(raw, "tensor_parallel.autotp_size"), _size(raw, "tensor_parallel.tp.tp_size"), 1)
-    given = raw.get("data_parallel_size")
-    if override is None and world_size % (sequence * tensor):
-        what = "the ranks cannot be split into sequence- and tensor-parallel groups"
-        got = f"{world_size} ranks / (sequence {sequence} x tensor {tensor}) = {world_size / (sequence * tensor):g}"
+    given, world = raw.get("data_parallel_size"), layout.world_size
+    axes = {"pipeline": layout.num_stages, "sequence": sequence, "tensor": tensor}
+    shown = {name: size for name, size in axes.items() if name != "pipeline" or size > 1}
+    inner = layout.num_stages * sequence * tensor
+    if layout.data is None and world % inner:
+        what = f"the ranks cannot be split into {_listed([f'{name}-' for name in shown])}parallel groups"
+        got = f"{world} ranks / ({' x '.join(f'{name} {size}' for name, size in shown.items())}) = {world / inner:g}"
         ledger.problems.append(
             Problem(what, got=got, expected="an integer", do="change the number of ranks or the sizes of the axes")
         )
         return None
-    ranks = world_size // (sequence * tensor) if override is None else override
+    ranks = world // inner if layout.data is None else layout.data
+    product = " x ".join(f"{size} {name}" for name, size in shown.items())
     if _is_positive(given) and given != ranks:
         what = "data_parallel_size does not agree with the number of ranks"
-        got = f"{int(given)} data-parallel x {sequence} sequence x {tensor} tensor is not {world_size} ranks"
-        do = f"remove data_parallel_size, or set it to {ranks}, or start {int(given) * sequence * tensor} ranks"
+        got = f"{int(given)} data-parallel x {product} is not {world} ranks"
+        do = f"remove data_parallel_size, or set it to {ranks}, or start {int(given) * inner} ranks"
         ledger.problems.append(Problem(what, got=got, expected=str(ranks), do=do))
     elif is_unset(given):
         raw["data_parallel_size"] = ranks
-        ledger.mark("data_parallel_size", "inferred", f"{world_size} ranks / ({sequence} sequence x {tensor} tensor)")
+        ledger.mark("data_parallel_size", "inferred", f"{world} ranks / ({product})")
     return ranks
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _size(raw: dict[str, Any], path: str) -> int:

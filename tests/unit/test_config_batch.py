@@ -108,6 +108,17 @@ def test_data_parallel_size_must_agree_with_the_ranks() -> None:
     assert "set it to 4, or start 4 ranks" in str(caught.value)
 
 
+def test_stages_take_their_share_of_the_ranks() -> None:
+    raw = {MB: 4, "tensor_parallel": {"autotp_size": 2}}
+    assert parse(raw, world_size=8, num_stages=2).data_parallel_size == 2
+    with pytest.raises(ConfigError, match="data_parallel_size does not agree") as caught:
+        parse({**raw, "data_parallel_size": 1}, world_size=8, num_stages=2)
+    assert "1 data-parallel x 2 pipeline x 1 sequence x 2 tensor is not 8 ranks" in str(caught.value)
+    assert "set it to 2, or start 4 ranks" in str(caught.value)
+    with pytest.raises(ConfigError, match="pipeline-, sequence- and tensor-parallel groups"):
+        parse(raw, world_size=6, num_stages=2)
+
+
 def test_a_caller_may_know_the_number_of_data_parallel_ranks() -> None:
     assert sizes(parse({MB: 4}, world_size=8, data_parallel_size=2)) == (8, 4, 1)
 
