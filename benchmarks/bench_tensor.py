@@ -86,7 +86,7 @@ def cut_by_us(model: Any) -> None:
     from deepcore.parallel.tensor.build import make_plan
 
     mesh = Mesh.build(init_distributed(), tp=RANKS)
-    TensorShards(model, mesh.tp, make_plan(model, RANKS, TensorParallel()))
+    TensorShards(model, mesh.tp, make_plan(model, RANKS, TensorParallel()), mesh.zero_axis)
 
 
 def cut_by_dtensor(model: Any) -> None:
