@@ -91,7 +91,7 @@ def plot(words: Sequence[str]) -> int:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--title", default="deepcore benchmarks")
     args = parser.parse_args(words)
-    lines = [line for path in args.results for line in recorded.read(path)]
+    lines = recorded.newest([line for path in args.results for line in recorded.read(path)])
     args.picture.write_text(picture.draw(lines, args.title))
     return 0
 

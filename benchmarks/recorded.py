@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,16 @@ LEAST_NOISE = 0.03  # relative; what nobody should act upon
 def read(path: Path) -> list[Line]:
     """The cases of a results file."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def newest(lines: Iterable[Line]) -> list[Line]:
+    """Of each case, at the same settings, the last."""
+    found: dict[str, Line] = {}
+    for line in lines:
+        key = json.dumps([line["subject"], line["case"], line["params"]], sort_keys=True)
+        found.pop(key, None)
+        found[key] = line
+    return list(found.values())
 
 
 def is_ours(name: str) -> bool:

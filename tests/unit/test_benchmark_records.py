@@ -88,6 +88,18 @@ def test_the_picture_has_a_bar_for_every_contender(tmp_path: Path) -> None:
     assert len(widths) == 5
 
 
+def test_cases_of_the_same_words_are_told_apart_and_the_newest_counts(tmp_path: Path) -> None:
+    old, new, other = line(1.25), line(1.6), line(1.0)
+    other["params"] = {**other["params"], "dtype": "bf16", "parts": 2}
+    results = [write(tmp_path / "a.jsonl", old, other), write(tmp_path / "b.jsonl", new)]
+    assert main(["plot", *results, str(tmp_path / "a.svg")]) == 0
+    texts = [text.text for text in ET.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")]
+    names = [text for text in texts if text is not None and text.startswith("adam: ")]
+    assert len(names) == 2
+    assert names[0].endswith(", bf16, parts 2")
+    assert "bf16" not in names[1]
+
+
 def test_several_of_ours_stand_beside_the_best(tmp_path: Path) -> None:
     stages = Result("step", "GPT", {"deepcore/0": [0.2], "ddp": [0.1], "far": [9.0]}, {"ranks": 2})
     text = picture.draw([json.loads(json.dumps(stages.to_json()))], "steps")
