@@ -60,7 +60,7 @@ class Line(NamedTuple):
 class Watch:
     """Compares this rank's records with other ranks' through a store, and ends waits that cannot end well.
 
-    Twice a second at most, a thread takes new collectives into a checksum and compares it with the one that the
+    Once a second at most, a thread takes new collectives into a checksum and compares it with the one that the
     neighbour in the group has published: a different order is found although nothing may hang. A wait that lasts
     longer than ``patience`` makes one rank the judge: it has every rank say where it is, and publishes what is
     certainly wrong, upon which every rank raises that at its next collective or inside its wait. Where nothing is
@@ -174,7 +174,7 @@ class Watch:
             self._store = self._store.clone()  # type: ignore[attr-defined]  # a connection of its own: others may block on theirs
             self._store.set_timeout(STORE_LIMIT)
             while not self._stopped.is_set() and dist.is_initialized():
-                self._urgent.wait(min(0.5, self.patience / 4))
+                self._urgent.wait(min(1.0, self.patience / 4))
                 if not self._stopped.is_set():
                     self._look(urgent=self._urgent.is_set())
                     self._urgent.clear()

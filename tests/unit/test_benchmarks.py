@@ -117,6 +117,11 @@ def test_live_bytes_are_those_of_storages_that_live() -> None:
     assert (live.now, live.peak, len(views)) == (0, 8000, 2)
 
 
+def test_the_watch_takes_a_part_of_a_step() -> None:
+    took = on_ranks(2, "watch:account", {"case": "tiny GPT", "rounds": 2})
+    assert all(0 < watch < 10 * step for step, watch in zip(took[OURS], took[f"{OURS}/watch"], strict=True))
+
+
 def test_getting_ready_to_train_runs() -> None:
     assert on_ranks(1, "initialize:prepare", {"name": OURS, "quick": True}) > 0
 
@@ -128,5 +133,5 @@ def test_an_import_is_timed_in_a_process_of_its_own() -> None:
 def test_every_subject_is_covered_here() -> None:
     # "tensor" runs in tests/dist/test_tensor_example.py, "build" in the tests of the build,
     # "generate" in tests/dist/test_hybrid_transformers.py, whose ranks have imported transformers already
-    ranks = {"checkpoint", "pipeline", "step", "memory", "initialize", "import", "sequence", "overhead"}
+    ranks = {"checkpoint", "pipeline", "step", "memory", "initialize", "import", "sequence", "overhead", "watch"}
     assert set(subjects()) == {*CASES, *ranks, "generate", "tensor", "build"}
