@@ -6,8 +6,9 @@ Knows nothing of files, of ranks, or of what a name stands for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -67,7 +68,8 @@ class Fragment:
     cut: Cut | None = None
 
 
-def order_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=65536)  # asked of every tensor at every save
+def order_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     """Dims from the slowest to the fastest, those that say nothing (of size 1) in their own order."""
     dims = range(len(shape))
     if any(size == 0 for size in shape):

@@ -45,9 +45,12 @@ def share_out(holdings: Sequence[Sequence[Holding]]) -> list[list[Run]]:
     What exactly the same ranks hold is one line of bytes, cut into as many equal parts as there are ranks.
     """
     by_holders: dict[tuple[int, ...], list[tuple[Run, int]]] = defaultdict(list)
-    for run, itemsize, holders in _atoms(holdings):
-        by_holders[holders].append((run, itemsize))
     written: list[list[Run]] = [[] for _ in holdings]
+    for run, itemsize, holders in _atoms(holdings):
+        if len(holders) == 1:
+            written[holders[0]].append(run)
+        else:
+            by_holders[holders].append((run, itemsize))
     for holders, runs in by_holders.items():
         total = sum(run.numel * itemsize for run, itemsize in runs)
         place = 0
