@@ -92,7 +92,7 @@ class Pool:
 
     def run(self, world_size: int, job: bytes, options: dict[str, Any]) -> list[Any]:
         self._start(world_size)
-        if self._server is None:
+        if self._server is None or options["world"] == "launched":  # whose keys have no prefix of the call's
             self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._serial += 1
         ranks = self._ranks[:world_size]
