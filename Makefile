@@ -7,7 +7,7 @@ STEPS       ?=
 OUT         ?= runs/bytelm
 TORCH_INDEX ?=
 ARGS        ?=
-JOBS        ?= 2
+JOBS        ?= 3
 PART        ?=
 
 BIN := $(VENV)/bin
@@ -34,7 +34,7 @@ help: ## Show this list
 	@echo "  PYTHON=python3  the interpreter that makes the virtual environment, and that make gpu uses as it is"
 	@echo "  TORCH_INDEX=url a package index that has the torch build you want, such as PyTorch's index of CPU builds"
 	@echo "  PART=n          the part of make gpu           ARGS='...'  more arguments for make test, bench or train"
-	@echo "  JOBS=2          processes that run the tests, each with ranks of its own"
+	@echo "  JOBS=3          processes that run the tests, each with ranks of its own (some only wait)"
 
 # --------------------------------------------------------------------------------------------------------- environment
 # Stamps: a change of what is to be installed installs again; otherwise nothing is touched.

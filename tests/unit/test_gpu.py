@@ -19,6 +19,7 @@ import deepcore
 from benchmarks import gpu, gpu_call, gpu_programs
 from benchmarks.gpu import Session, Task
 from benchmarks.ranks import RanksError, run_ranks
+from tests.dist import pool
 
 PROGRAMS = "tests.unit.rank_programs"
 
@@ -230,8 +231,7 @@ def test_a_call_brings_the_first_ranks_answer_or_its_last_words(tmp_path: Path) 
 
 def test_the_training_program_agrees_with_plain_pytorch_on_two_cpu_ranks() -> None:
     """The program that the GPU parts run, where this machine can run it."""
-    arguments = {"stage": 3, "dtype": "bf16", "backend": "gloo"}
-    first, second = run_ranks(2, "benchmarks.gpu_programs:train", arguments, timeout=120)
+    first, second = pool.run_ranks(2, gpu_programs.train, 3, "bf16", "gloo", adopt=False, timeout=120)
     assert first["worst"] <= gpu.TOLERANCE["bf16"]
     assert (first["ranks"], first["backend"]) == (2, "gloo")
     assert first["losses"] != second["losses"]
