@@ -21,3 +21,9 @@ def fail_on_rank_1() -> None:
 
 def sleep_forever() -> None:
     time.sleep(600)
+
+
+def tell_and_sleep(path: str) -> None:
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(600)

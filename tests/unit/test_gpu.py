@@ -6,6 +6,7 @@ Knows nothing of CUDA: whatever a GPU would say is made up here.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 import types
@@ -266,3 +267,20 @@ def test_an_op_that_misses_its_cuda_kernel_is_a_failure(
     else:
         with pytest.raises(RuntimeError, match="adam_: there is a CUDA kernel"):
             gpu_programs.load_ops()
+
+
+def test_no_rank_outlives_the_program_that_started_it(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    call = f"run_ranks(1, '{PROGRAMS}:tell_and_sleep', {{'path': {str(pid)!r}}}, timeout=600)"
+    code = f"from benchmarks.ranks import run_ranks; {call}"
+    with subprocess.Popen(python(code), cwd=gpu.REPO) as parent:
+        until = time.monotonic() + 60
+        while not pid.exists() or not pid.read_text():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        parent.kill()
+    status = Path(f"/proc/{pid.read_text()}/stat")
+    until = time.monotonic() + 10
+    while status.exists() and " Z " not in status.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
