@@ -67,7 +67,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped where torch finds none."""
+    """The long ones come first, so that no process is left with one at the end; those for a GPU are skipped without."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     marked = [item for item in items if item.get_closest_marker("cuda")]
     if not marked:
         return

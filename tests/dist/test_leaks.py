@@ -61,6 +61,7 @@ def vanish(mark: str) -> bool:
     return not processes_of(mark)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", ["rank killed", *(pytest.param(h, marks=pytest.mark.nightly) for h in ENDINGS if h != "rank killed")]
 )

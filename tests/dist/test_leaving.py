@@ -100,6 +100,7 @@ def places(folder: Path) -> list[Path]:
     return [folder / f"losses.2.{rank}" for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
     code, err = terminate(launch(tmp_path, 2, ["--save-dir", "saves"], ["100000", "0.01"]), tmp_path)
     assert code == 0, err

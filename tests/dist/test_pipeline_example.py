@@ -13,6 +13,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "options"), [(2, []), pytest.param(4, ["--stages", "2", "--tp", "2"], marks=pytest.mark.nightly)]
 )

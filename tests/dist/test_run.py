@@ -111,6 +111,7 @@ def test_a_failure_in_a_collective_is_one_traceback_of_the_first_rank(launch):
     assert "Connection" not in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_will_not_listen_ends_too(launch):
     """SIGTERM has a handler that returns, as checkpoint-on-preemption handlers do, and the main thread sleeps on."""
     started = time.monotonic()
@@ -197,6 +198,7 @@ def test_a_module_and_one_rank(launch, tmp_path):
     assert (done.returncode, done.stdout) == (0, "__main__ ['x'] 0\n")
 
 
+@pytest.mark.slow
 def test_two_machines(launch):
     """Two agents on this machine, as two machines would run them."""
     with socket.socket() as probe:

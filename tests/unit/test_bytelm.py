@@ -150,6 +150,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_script_trains_and_reports(tmp_path: Path) -> None:
     stdlib, out = tmp_path / "lib", tmp_path / "out"
     stdlib.mkdir()

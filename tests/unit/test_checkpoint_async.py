@@ -163,7 +163,7 @@ if sys.argv[2] == "raise":
 """
 
 
-@pytest.mark.parametrize("how", ["return", "raise"])
+@pytest.mark.parametrize("how", ["return", pytest.param("raise", marks=pytest.mark.nightly)])
 def test_the_interpreter_waits_for_the_last_save(how: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LEAVING, str(tmp_path), how], capture_output=True, text=True, check=False, timeout=120

@@ -74,6 +74,7 @@ def install(wheel: Path, folder: Path) -> Path:
     return target
 
 
+@pytest.mark.nightly
 def test_without_a_compiler_the_wheel_is_pure_and_says_so(tmp_path: Path) -> None:
     wheel, said = make_wheel(tmp_path, PATH="/nonexistent", CXX="", CUDA_HOME="/nonexistent")
     assert wheel is not None, said
