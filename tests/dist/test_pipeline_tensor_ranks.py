@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def train_with(case: Cut, kind: str, spoilt: int = -1) -> dict[str, Any]:
     config["optimizer"] = {"type": kind, "params": {"lr": 1e-2, **({"ns_dtype": "fp32"} if kind == "Muon" else {})}}
     client = None
     if kind == "NAdam":
-        client = lambda params: torch.optim.NAdam(params, lr=1e-2, eps=1e-4)  # noqa: E731
+        client = partial(torch.optim.NAdam, lr=1e-2, eps=1e-4)
         del config["optimizer"]
     weighted = kind == "Lamb"
     module = pipeline(case)
