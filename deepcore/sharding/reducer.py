@@ -51,9 +51,9 @@ class BufferPool:
         self._free.append(buffer.untyped_storage())
         self._free.sort(key=lambda storage: storage.nbytes())
 
-    def release(self) -> None:
-        """Let go of all buffers."""
-        self._free.clear()
+    def release(self, *, keep: int = 0) -> None:
+        """Let go of all buffers but the ``keep`` largest."""
+        del self._free[: max(0, len(self._free) - keep)]
 
 
 class GradReducer:

@@ -24,7 +24,8 @@ from deepcore.zero.shards import ShardWindow, gather_weights, measure_shards
 from deepcore.zero.strategy import WindowGradient, ZeroStrategy
 
 ArenaMaker = Callable[[Sequence[FlatGroup], int], ShardArena]
-MAX_IN_FLIGHT = 2  # groups whose buffers may exist at a time
+MAX_IN_FLIGHT = 2  # groups whose buffers may exist at a time, one to send and one to receive each
+MAX_AT_REST = 2  # buffers that are kept from one window to the next
 
 
 class ShardedGradients(ZeroStrategy):
@@ -131,6 +132,7 @@ class ShardedGradients(ZeroStrategy):
 
     def clear(self) -> None:
         self._window.clear()
+        self._reducer.buffers.release(keep=MAX_AT_REST)
         self._held = []
         for group in self.groups:
             for param in group.params:

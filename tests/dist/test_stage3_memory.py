@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 import deepcore
-from deepcore.zero.sharded import MAX_IN_FLIGHT
+from deepcore.plan.memory import plan_memory
+from deepcore.zero.sharded import MAX_AT_REST, MAX_IN_FLIGHT
 from tests.dist.pool import RankFailedError, run_ranks
 
 NUM_BLOCKS, WIDTH = 8, 16
@@ -99,17 +101,58 @@ def test_prefetch_and_live_sizes_mean_what_they_say() -> None:
     assert backward[0] == 4
 
 
-def reduction_buffers() -> tuple[int, int]:
+def reduction_buffers() -> tuple[int, int, int]:
     engine = start(Counting())
+    buffers = engine.strategy._reducer.buffers
     for _ in range(3):
         engine.backward(engine(torch.randn(2, WIDTH)))
+        most = len(buffers._free)
         engine.step()
-    return len(engine.strategy._reducer.buffers._free), engine.global_steps
+    return most, len(buffers._free), engine.global_steps
 
 
 def test_two_groups_have_buffers_at_a_time_however_slow_reductions_are() -> None:
     """Under the double no reduction is over before somebody waits: six of eight groups have to be patient."""
-    assert run_ranks(2, reduction_buffers, hostile=True) == [(2 * MAX_IN_FLIGHT, 3)] * 2
+    assert run_ranks(2, reduction_buffers, hostile=True) == [(2 * MAX_IN_FLIGHT, MAX_AT_REST, 3)] * 2
+
+
+def live_storages() -> dict[int, int]:
+    """The bytes of everything that a tensor or a storage of this process holds, by address."""
+    gc.collect()
+    storages = [
+        found.untyped_storage() if isinstance(found, torch.Tensor) else found
+        for found in gc.get_objects()
+        if issubclass(type(found), (torch.Tensor, torch.UntypedStorage))
+    ]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.device.type == "cpu"}
+
+
+def bytes_at_rest(stage: int, bf16: bool) -> tuple[int, int, int]:
+    """What is alive between two steps, what the plan says must be, and what two groups are."""
+    before = live_storages()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 4200},
+        "optimizer": {"type": "AdamW"},
+    }
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    plan = plan_memory(model, config, world_size=2)
+    engine = deepcore.initialize(model=model, config=config)[0]
+    for _ in range(3):
+        engine.backward(engine(torch.randn(2, 64, dtype=torch.bfloat16 if bf16 else torch.float32)).float().sum())
+        engine.step()
+    buffers = engine.strategy._reducer.buffers._free
+    alive = {**live_storages(), **{storage.data_ptr(): storage.nbytes() for storage in buffers}}
+    return sum(n for at, n in alive.items() if at not in before), plan.persistent, 2 * 4224 * (2 if bf16 else 4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_between_steps_a_rank_holds_the_formula_and_two_groups(bf16: bool) -> None:
+    for stage in (1, 2, 3):
+        for alive, persistent, two_groups in run_ranks(2, bytes_at_rest, stage, bf16):
+            small = 12_000  # tables of segments, usage, counts and random states
+            assert persistent <= alive <= persistent + two_groups + small
 
 
 def uniform() -> list[torch.Tensor]:
