@@ -55,6 +55,7 @@ class ShardedGroup(FlatGroup):
         self._work: Work | None = None
         self._views: list[torch.Tensor] = []
         self._lent: list[stale.Lent] = []
+        self._absence = stale.Absence(self.label)
         self._versions: list[int] = []
 
     def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
@@ -92,7 +93,7 @@ class ShardedGroup(FlatGroup):
                 expected="weights on the device",
                 do="call engine.reload_states() first",
             )
-        stale.allow(self.full)
+        self._absence.end(self.full)
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         mine = self.full[self._begin : self._begin + self.layout.shard_numel]
         if self.column is not None:
@@ -176,9 +177,14 @@ class ShardedGroup(FlatGroup):
             self.full = torch.empty_like(self.full)
             self._views = self.views(self.full)
         self.full.untyped_storage().resize_(0)
-        stale.forbid(self.full, self.label)
+        self._absence.begin(self.full)
         self._versions = [param._version for param in self.params]
         self.residency = Residency.SHARDED
+
+    def look_for_views(self) -> None:
+        """No forward or backward is under way: views that somebody keeps all the same are told of once."""
+        if self.residency is Residency.SHARDED:
+            self._absence.look(self.full, len(self._views))
 
     def put(self, index: int, values: torch.Tensor) -> None:
         if self.residency is Residency.FULL:
@@ -201,6 +207,7 @@ class ShardedGroup(FlatGroup):
     def drop_writes(self) -> str | None:
         """SHARDED only: undo writes to parameters that are away; the name of the first one, or None."""
         self._lent.clear()
+        self._absence.forgive()
         name = self._first_touched()
         if name is not None:
             for param in self.params:
@@ -215,6 +222,7 @@ class ShardedGroup(FlatGroup):
         return None
 
     def _require_untouched(self) -> None:
+        self._absence.require_unwritten()
         if self._lent:
             self._lent = [lent for lent in self._lent if not lent.is_over]
             for lent in self._lent:

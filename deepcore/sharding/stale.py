@@ -1,4 +1,4 @@
-"""Owns what becomes of views of full weights that outlive them: an error where torch can raise one, else their memory.
+"""Owns what becomes of views of full weights that outlive them: an error where torch can raise one, else NaN.
 
 Knows nothing of groups, or of when weights come and go.
 """
@@ -11,24 +11,71 @@ import torch
 
 from deepcore.base.log import warn_once
 from deepcore.errors import UsageError
+from deepcore.sharding import blank
 
 # Builds of torch for GPUs have both: they mark a storage, and whoever asks for its memory gets an error.
 _forbid: Any = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)
 _allow: Any = getattr(torch._C, "_clear_storage_data_ptr_access_error_msg", None)
 CAN_FORBID = _forbid is not None and _allow is not None
+# Others can let a storage without memory look at other memory: without that, a read would end the process.
+_at_address: Any = getattr(torch._C, "_construct_storage_from_data_pointer", None)
+CAN_BLANK = blank.SUPPORTED and _at_address is not None and hasattr(torch.UntypedStorage, "_swap_data_ptr_")
 _DO = "take views anew where the weights are whole, or keep a clone() of the values"
 
 
-def forbid(flat: torch.Tensor, label: str) -> None:
-    """The memory of ``flat`` is gone: let every use of a view of it raise, where torch can."""
-    if CAN_FORBID:
-        _forbid(flat.untyped_storage()._cdata, str(_used(label)))
+class Absence:
+    """What views of one group's full weights meet while those are away.
+
+    An error where torch can raise one. On CPUs a read gives NaN, and a write is found afterwards, once ``look`` has
+    seen that somebody keeps views.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._blank: blank.Blank | None = None
+        self._stand_in: torch.UntypedStorage | None = None  # of memory with NaN
+        self._is_seen = False
+
+    def begin(self, flat: torch.Tensor) -> None:
+        """The memory of ``flat`` is gone."""
+        if CAN_FORBID:
+            _forbid(flat.untyped_storage()._cdata, str(_used(self._label)))
+        elif CAN_BLANK and flat.device.type == "cpu" and flat.nbytes:
+            if self._stand_in is None:
+                self._blank = blank.blank_of(flat.nbytes)
+                self._stand_in = _at_address(self._blank.address, flat.device, 0)  # of no size, as a freed one is
+            _swap(flat, self._stand_in)
+
+    def end(self, flat: torch.Tensor) -> None:
+        """It is about to come back."""
+        if CAN_FORBID:
+            _allow(flat.untyped_storage()._cdata)
+        elif self._stand_in is not None:
+            _swap(flat, self._stand_in)
+
+    def look(self, flat: torch.Tensor, num_views: int) -> None:
+        """Note whether views other than ``num_views`` known ones are kept now that nobody needs any."""
+        self._is_seen = self._blank is not None and is_viewed(flat, num_views)
+        if self._is_seen:
+            warn_once(
+                f"kept {self._label}",
+                f"a view of {self._label} was kept beyond the forward that it was taken in, or a loss without a "
+                f"backward: while these weights are away it shows NaN. Instead, {_DO}.",
+            )
+
+    def forgive(self) -> None:
+        """What was written is lost, and nobody is told."""
+        self._is_seen = False
+
+    def require_unwritten(self) -> None:
+        """Raise if somebody wrote through a view that ``look`` saw."""
+        if self._is_seen and self._blank is not None and self._blank.is_written:
+            self._blank.clear()
+            raise _used(self._label)
 
 
-def allow(flat: torch.Tensor) -> None:
-    """It is about to come back."""
-    if CAN_FORBID:
-        _allow(flat.untyped_storage()._cdata)
+def _swap(flat: torch.Tensor, other: torch.UntypedStorage) -> None:
+    flat.untyped_storage()._swap_data_ptr_(other)  # type: ignore[attr-defined]
 
 
 def is_viewed(flat: torch.Tensor, num_views: int) -> bool:

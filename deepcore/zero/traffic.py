@@ -50,7 +50,7 @@ class UnitTraffic:
         self._agreed = {False: False, True: False}
         self._trace: list[int] = []
         self._depth = 0
-        self._grad_session = False
+        self._grad_session = self._graph_left = False  # of this session; of one before that had no backward yet
         self._waiting: dict[Unit, set[nn.Module]] = {}
         self._extra: dict[nn.Module, list[Unit]] = {}  # needs that were added
         self.in_backward = False
@@ -85,6 +85,7 @@ class UnitTraffic:
 
     def _open_session(self) -> None:
         self._grad_session = torch.is_grad_enabled()
+        self._graph_left = self._graph_left or self._grad_session
         last = self._orders[False][-self.keep_for_backward :] if self._grad_session and self.keep_for_backward else []
         for unit in self.units:
             unit.active = 0
@@ -142,7 +143,7 @@ class UnitTraffic:
     def end_backward(self) -> None:
         """Autograd is over: complete the cycle with the other ranks and free what is left."""
         self._close_pass(backward=True)
-        self.in_backward = self.holding = False
+        self.in_backward = self.holding = self._graph_left = False
         for unit in self.units:
             unit.pending, unit.active, unit.ran, unit.resident, unit.stays = 0, 0, False, False, False
             unit.reshard()
@@ -154,6 +155,8 @@ class UnitTraffic:
                 unit.resident = unit.stays
                 if not unit.resident:
                     unit.reshard()
+                if not self._graph_left:
+                    unit.look_for_views()
         if not self._agreed[backward] and (backward or self._grad_session):
             self._orders[backward] = self._agree(self._trace, self._orders[backward])
             self._agreed[backward] = True
@@ -182,6 +185,7 @@ class UnitTraffic:
             unit.resident = unit.stays = False
             unit.reshard()
             unit.forget()
+            unit.look_for_views()
 
     def restore(self) -> None:
         """All weights full for good, on every rank: the modules work without this. Refused writes are lost."""

@@ -79,6 +79,11 @@ class Unit:
         for group in self.groups:
             group.forget()
 
+    def look_for_views(self) -> None:
+        """Nothing is under way that needs views of the full weights."""
+        for group in self.groups:
+            group.look_for_views()
+
     def finish(self) -> None:
         """Wait for the gather, if one is under way."""
         if self.is_gathering:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -126,3 +127,35 @@ def views_that_outlive_their_block() -> bool:
 
 def test_a_view_that_outlives_gathered_parameters(ranks: Any, hostile: bool) -> None:
     assert all(ranks(2, views_that_outlive_their_block, hostile=hostile))
+
+
+def views_kept_from_a_forward() -> bool:
+    """Whether a view that a forward keeps shows no old numbers, refuses writes, and harms nothing once it is gone."""
+    expected = train(start(3), range(3))
+    engine = start(3)
+    kept: list[torch.Tensor] = []
+    seen: list[float] = []
+    hooks = [
+        engine.module[0].register_forward_pre_hook(lambda module, _: kept.append(module.weight.data.view(-1))),
+        engine.module[3].register_forward_hook(lambda *_: seen.append(float(kept[-1].sum()))),
+    ]
+    if stale.CAN_FORBID:
+        with pytest.raises(RuntimeError, match=r"a view of weights[\s\S]*'0\.weight'[\s\S]*clone"):
+            loss_of(engine, 0)
+        return True
+    train(engine, range(2))
+    seen.append(float(kept[0].sum()))
+    kept[0].fill_(1)
+    with pytest.raises(UsageError, match=r"a view of weights[\s\S]*'0\.weight'[\s\S]*clone"):
+        loss_of(engine, 2)
+    seen.append(float(kept[0].sum()))
+    kept.clear()
+    for hook in hooks:
+        hook.remove()
+    trained = train(engine, range(2, 3))
+    engine.destroy()
+    return len(seen) == 4 and all(map(math.isnan, seen)) and all(map(torch.equal, trained, expected))
+
+
+def test_a_view_that_outlives_a_forward(ranks: Any, hostile: bool) -> None:
+    assert all(ranks(2, views_kept_from_a_forward, hostile=hostile))
