@@ -43,12 +43,12 @@ class FileStore:
             self.plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _unusable(folder, error) from error
+        with suppress(FileNotFoundError):  # another rank that starts now may have swept it away
+            os.unlink(path)
         try:
-            self.direct = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+            self.direct = os.open(f"/proc/self/fd/{self.plain}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
         except OSError:  # a file system without
             self.direct = -1
-        finally:
-            os.unlink(path)
         self._close = weakref.finalize(self, _close, [self.plain, self.direct])
 
     @property

@@ -79,6 +79,28 @@ def test_the_file_has_no_name_and_its_space_is_reserved(make: Make, tmp_path: Pa
     store.close()
 
 
+def test_ranks_that_start_at_once_may_sweep_each_others_file(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = os.open
+
+    def create_and_lose(path: str | Path, *args: int) -> int:
+        descriptor = create(path, *args)
+        for left in tmp_path.glob("deepcore-*.state"):  # as a rank that starts a moment later does
+            left.unlink()
+        return descriptor
+
+    expected = FileStore(tmp_path, make(1, 4096)).is_direct
+    monkeypatch.setattr(os, "open", create_and_lose)
+    store = FileStore(tmp_path, make(1, 4096))
+    assert store.is_direct == expected
+    column = store.column(1000, torch.float32)
+    column.write(0, torch.ones(1000))
+    assert torch.equal(column.read(0, 1000), torch.ones(1000))
+    assert not list(tmp_path.iterdir())
+    store.close()
+
+
 def test_a_file_that_ends_too_early(make: Make, tmp_path: Path) -> None:
     store = FileStore(tmp_path, make(1, 4096))
     column = store.column(4096, torch.float32)
