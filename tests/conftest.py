@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -69,11 +70,15 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones come first, so that no process is left with one at the end; those for a GPU are skipped without."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    marked = [item for item in items if item.get_closest_marker("cuda")]
-    if not marked:
+    gc.freeze()  # modules and tests stay to the end: no need to walk them again and again
+    if "torch" not in sys.modules:
         return
     import torch
 
+    from tests.seeds import forget_other_devices
+
     if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        forget_other_devices()
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

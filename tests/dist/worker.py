@@ -24,6 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.dist.parcel import pack
+from tests.seeds import forget_other_devices
+
 
 @dataclass(frozen=True)
 class Call:
@@ -71,6 +74,8 @@ def main(fd: int, stacks: str) -> None:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         torch.set_num_threads(1)
         gc.freeze()  # what is imported by now need not be walked after every call
+        if not torch.cuda.is_available():
+            forget_other_devices()
         with Connection(fd) as pipe, contextlib.suppress(EOFError):
             pipe.send_bytes(pickle.dumps(("ready", None)))
             while True:
@@ -84,7 +89,7 @@ def _answer(call: Call, pipe: Connection) -> float:
         started = time.monotonic()
         try:
             value = _run(call)
-            answer = Answer(True, pickle.dumps(value), time.monotonic())
+            answer = Answer(True, pack(value), time.monotonic())
         except BaseException as error:  # the test's own failure, SystemExit included, belongs to the parent
             answer = Answer(
                 False,
@@ -150,6 +155,7 @@ def _clean_process(call: Call) -> Iterator[None]:
             torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(1)
         gc.collect()
+        gc.freeze()  # what is left are modules and caches: the next call's walk is over its own objects
 
 
 def _leave_world() -> None:
