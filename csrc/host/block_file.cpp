@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "host/crc32c.h"
+#include "host/stream_copy.h"
 
 namespace deepcore {
 
@@ -134,7 +135,7 @@ void copy_some(const std::vector<Piece>& pieces, char* memory, int64_t begin, in
     int64_t at = 0;
     for (const Piece& piece : pieces) {
         const int64_t low = std::max(begin, at), high = std::min(end, at + piece.nbytes);
-        if (low < high) memcpy(memory + low, piece.memory + (low - at), static_cast<size_t>(high - low));
+        if (low < high) stream_copy(memory + low, piece.memory + (low - at), high - low);
         at += piece.nbytes;
     }
 }

@@ -17,14 +17,15 @@ import torch
 
 from deepcore.base.log import logger
 from deepcore.checkpoint.checkpointer import Content, Save, SaveOptions, lost_ranks, require_no_failure
-from deepcore.checkpoint.image import Image
+from deepcore.checkpoint.division import Divisions
 from deepcore.checkpoint.io import Progress
-from deepcore.checkpoint.part import failed
+from deepcore.checkpoint.part import Part, failed
 from deepcore.checkpoint.progress import quiet
 from deepcore.comm.letters import Letters
 from deepcore.comm.mesh import Axis
 from deepcore.errors import CheckpointError, CommError
 from deepcore.ops import block_file
+from deepcore.sharding.memory import lazy_zeros
 
 _live: weakref.WeakSet[BackgroundSaver] = weakref.WeakSet()
 
@@ -38,7 +39,7 @@ class BackgroundSaver:
 
     def __init__(self, axis: Axis, letters: Letters) -> None:
         self._axis, self._letters = axis, letters
-        self._memory = HostMemory()
+        self._memory, self._divisions = HostMemory(), Divisions()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="deepcore-save")
         self._under_way: Future[None] | None = None
         _live.add(self)
@@ -60,14 +61,14 @@ class BackgroundSaver:
             logger().info(f"{root / tag} waits until the checkpoint before it is written")
         self.wait()
         with lost_ranks(root, tag):
-            save = Save(root, tag, content, self._axis, options)
+            save = Save(root, tag, content, self._axis, options, self._divisions)
         record: dict[str, Any] | None = None
         held: list[torch.Tensor] = []
         try:
-            held = self._memory.filled(save.part.image)
-        except (MemoryError, RuntimeError) as error:  # torch's allocator raises the latter
+            held = self._memory.filled(save.part)
+        except (MemoryError, OSError, RuntimeError) as error:  # torch's allocator raises the latter
             record = failed(f"no host memory for {save.part.nbytes:,} bytes: {error}".splitlines()[0])
-        save.part.image = None  # its tensors are those that train
+        save.part.let_go()  # those tensors are what trains
         write = _Write(save, root, tag, self._letters, self._axis.ranks)
         line = progress(save.part.nbytes)
         self._under_way = self._threads.submit(write.run, record, held, fsync=options.fsync, advance=line)
@@ -153,28 +154,27 @@ class HostMemory:
         self._room = torch.empty(0, dtype=torch.uint8)
         self._unpin: weakref.finalize[Any, Any] | None = None
 
-    def filled(self, image: Image | None) -> list[torch.Tensor]:
-        """The bytes of an image, copied: nothing of it is needed any more."""
-        if image is None:
-            return []
-        device = next((e.values.device for e in image.entries if e.values.device.type == "cuda"), None)
-        if self._room.numel() < image.nbytes:
-            self._grow(image.nbytes, device)
-        room, parts = self._room[: image.nbytes], image.parts()
+    def filled(self, part: Part) -> list[torch.Tensor]:
+        """The bytes of a part's file, copied: nothing of its tensors is needed any more."""
+        parts = part.bytes()
+        device = next((values.device for values in parts if values.device.type == "cuda"), None)
+        if self._room.numel() < part.nbytes:
+            self._grow(part.nbytes, device)
+        room = self._room[: part.nbytes]
         if device is None:
-            pieces = [(part.data_ptr(), part.numel()) for part in parts]
+            pieces = [(values.data_ptr(), values.numel()) for values in parts]
             block_file.gather(pieces, room.data_ptr(), torch.get_num_threads())
             return [room]
         place = 0
-        for part in parts:
-            room[place : place + part.numel()].copy_(part, non_blocking=True)
-            place += part.numel()
+        for values in parts:
+            room[place : place + values.numel()].copy_(values, non_blocking=True)
+            place += values.numel()
         torch.cuda.current_stream(device).synchronize()
         return [room]
 
     def _grow(self, nbytes: int, device: torch.device | None) -> None:
         self.release()
-        self._room = torch.empty(nbytes, dtype=torch.uint8)
+        self._room = lazy_zeros(nbytes, torch.uint8, torch.device("cpu"))
         if device is not None:  # registered, and not allocated pinned: that rounds up to a power of two
             cudart, address = torch.cuda.cudart(), self._room.data_ptr()
             code = int(cudart.cudaHostRegister(address, nbytes, 0))

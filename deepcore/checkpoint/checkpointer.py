@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepcore.checkpoint import folder as folders
-from deepcore.checkpoint.cut_tensors import cut_record, part_name
-from deepcore.checkpoint.dtypes import DTYPES
-from deepcore.checkpoint.fragments import Form, Fragment
+from deepcore.checkpoint.division import Divisions, key_of
+from deepcore.checkpoint.fragments import Fragment
 from deepcore.checkpoint.io import Progress
-from deepcore.checkpoint.manifest import FileRecord, Manifest, Piece, TensorRecord
-from deepcore.checkpoint.part import Part, described, parts_of, words
+from deepcore.checkpoint.manifest import FileRecord, Manifest
+from deepcore.checkpoint.part import Part, words
 from deepcore.checkpoint.progress import quiet
 from deepcore.checkpoint.retention import Retention
 from deepcore.comm.exchange import gather_records
@@ -64,18 +63,20 @@ def save(
     axis: Axis,
     options: SaveOptions,
     progress: Callable[[int], Progress] = quiet,
+    divisions: Divisions | None = None,
 ) -> Path:
     """Write a checkpoint. Collective over ``axis``; when it returns, the checkpoint is complete, on every rank.
 
     Args:
         progress: from this rank's bytes to what is told how many are done.
+        divisions: what is kept between saves of the same engine.
 
     Raises:
         CheckpointError: on every rank, if any could not write its part. What was there before still is.
     """
-    with lost_ranks(root, tag), Save(root, tag, content, axis, options) as under_way:
+    with lost_ranks(root, tag), Save(root, tag, content, axis, options, divisions or Divisions()) as under_way:
         part = under_way.part
-        record = part.write(parts_of(part.image), fsync=options.fsync, advance=progress(part.nbytes))
+        record = part.write(part.bytes(), fsync=options.fsync, advance=progress(part.nbytes))
         records = gather_records(record, axis)
         require_no_failure([record["failure"] for record in records], root, axis.ranks)
         failure = under_way.commit(records)
@@ -105,9 +106,10 @@ class Save:
         part: what this rank writes.
     """
 
-    def __init__(self, root: Path, tag: str, content: Content, axis: Axis, options: SaveOptions) -> None:
+    def __init__(
+        self, root: Path, tag: str, content: Content, axis: Axis, options: SaveOptions, divisions: Divisions
+    ) -> None:
         self._root, self._tag, self._options = root, tag, options
-        fragments, cuts = _in_parts(content.fragments)
         self._state, self._about = content.state, content.about
         self._staging: folders.Staging | None = None
         failure = ""
@@ -116,16 +118,17 @@ class Save:
         except OSError as error:
             failure = words(error)
         folder = "" if self._staging is None else self._staging.path.name
-        mine = {"failure": failure, "folder": folder, "held": described(fragments), "cuts": cuts, "own": content.own}
+        key = key_of(content.fragments)
         try:
-            self._offers = gather_records(mine, axis)
-            require_no_failure([offer["failure"] for offer in self._offers], root, axis.ranks)
-            self.name: str = self._offers[0]["folder"]
-            held = [offer["held"] for offer in self._offers]
-            self.part = Part(root / self.name, axis.rank, held, fragments)
+            offers = gather_records([failure, folder, divisions.fitting(key)], axis)
+            require_no_failure([offer[0] for offer in offers], root, axis.ranks)
+            self.name: str = offers[0][1]
+            self._division = divisions.agree([offer[2] for offer in offers], self.name, key, axis)
         except DeepcoreError:
             self.abandon()
             raise
+        path = root / self.name / f"rank{axis.rank:05d}.safetensors"
+        self.part = Part(path, self._division, content.fragments, content.own)
 
     def commit(self, records: Sequence[Mapping[str, Any]]) -> str:
         """On the first rank: let the checkpoint appear. Returns what went wrong; nothing happens on other ranks."""
@@ -133,12 +136,17 @@ class Save:
             return ""
         options = self._options
         try:
-            manifest = _manifest(self._state, self._about, self._offers, records)
-            self._staging.commit(manifest.to_bytes(), fsync=options.fsync, latest=options.latest)
+            self._staging.commit(self._manifest(records).to_bytes(), fsync=options.fsync, latest=options.latest)
             options.retention.apply(self._root, self._tag)
         except OSError as error:
             return words(error)
         return ""
+
+    def _manifest(self, records: Sequence[Mapping[str, Any]]) -> Manifest:
+        files = [_file_record(*record["file"]) for record in records if record["file"] is not None]
+        tensors, cuts = self._division.records()
+        state = {**self._state, "ranks": [record["own"] for record in records]}
+        return Manifest(tuple(files), tensors, state, self._about, cuts)
 
     def abandon(self) -> None:
         """Remove everything that was not committed."""
@@ -152,40 +160,8 @@ class Save:
         self.abandon()
 
 
-def _in_parts(fragments: Sequence[Fragment]) -> tuple[list[Fragment], dict[str, Any]]:
-    """The same under the names by which parts of cut tensors are saved, and how those are cut, for the others."""
-    renamed = [f if f.cut is None else replace(f, name=part_name(f.name, f.cut)) for f in fragments]
-    cuts = {f.name: f.cut for f in fragments if f.cut is not None}
-    return renamed, {name: [cut.shape, cut.dim, cut.segments, cut.count] for name, cut in cuts.items()}
-
-
-def _manifest(
-    state: Mapping[str, Any], about: Mapping[str, Any], offers: Sequence[Any], records: Sequence[Any]
-) -> Manifest:
-    files: list[FileRecord] = []
-    numbers: dict[int, int] = {}
-    for rank, record in enumerate(records):
-        if record["file"] is not None:
-            name, nbytes, block, sums, algorithm = record["file"]
-            numbers[rank] = len(files)
-            files.append(FileRecord(name, nbytes, block, tuple(sums), algorithm))
-    forms = {
-        name: Form(DTYPES[dtype], tuple(shape), tuple(order))
-        for offer in reversed(offers)
-        for name, dtype, shape, order, _, _ in offer["held"]
-    }
-    pieces: dict[str, list[Piece]] = {name: [] for name in forms}
-    for rank, record in enumerate(records):
-        for name, offset, numel, begin in record["places"]:
-            pieces[name].append(Piece(offset, numel, numbers[rank], begin))
-    tensors = {
-        name: TensorRecord(forms[name], tuple(sorted(pieces[name], key=lambda piece: piece.offset)))
-        for name in sorted(forms)
-    }
-    for name, tensor in tensors.items():
-        assert sum(piece.numel for piece in tensor.pieces) == tensor.form.numel, f"'{name}' is whole, over all ranks"
-    cuts = {name: cut_record(name, entry, forms) for offer in reversed(offers) for name, entry in offer["cuts"].items()}
-    return Manifest(tuple(files), tensors, {**state, "ranks": [offer["own"] for offer in offers]}, about, cuts)
+def _file_record(name: str, nbytes: int, block: int, sums: Sequence[int], algorithm: str) -> FileRecord:
+    return FileRecord(name, nbytes, block, tuple(sums), algorithm)
 
 
 def require_no_failure(failures: Iterable[str], root: Path, ranks: Sequence[int]) -> None:

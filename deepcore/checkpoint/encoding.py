@@ -18,6 +18,8 @@ import torch
 from deepcore.errors import CheckpointError
 
 _TAG = "$"
+_SCALARS = {torch.float32: "float32", torch.float64: "float64"}
+_PLAIN = frozenset((type(None), bool, int, str))
 
 
 class Encoder:
@@ -37,23 +39,24 @@ class Encoder:
         Raises:
             CheckpointError: it holds an object of another kind, and pickle is not allowed.
         """
-        if value is None or (isinstance(value, (bool, int, str)) and type(value) in (bool, int, str)):
+        if type(value) in _PLAIN:
             return value
         if type(value) is float:
             return value if math.isfinite(value) else {_TAG: "float", "v": repr(value)}
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if type(value) is list:
+            if _PLAIN.issuperset(map(type, value)):  # a random state is hundreds of numbers
+                return value.copy()
             return [self.encode(item, f"{where}[{index}]") for index, item in enumerate(value)]
         if type(value) is dict and all(type(key) is str for key in value) and _TAG not in value:
             return {key: self.encode(item, f"{where}[{key!r}]") for key, item in value.items()}
         return self._tagged(value, where)
 
     def _tensor(self, value: torch.Tensor) -> Any:
-        if value.ndim == 0 and value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
-            number = value.item()
-            if math.isfinite(number):
-                return {_TAG: "scalar", "v": number, "dtype": str(value.dtype).removeprefix("torch.")}
+        number = encoded_number(value)
+        if number is not None:
+            return number
         name = f"{self._prefix}{len(self.tensors)}"
         self.tensors[name] = value.detach()
         return {_TAG: "tensor", "v": name}
@@ -72,6 +75,15 @@ class Encoder:
             expected="None, numbers, strings, bytes, tensors, and lists, tuples, sets and dicts of those",
             do='take it apart before saving, or set "checkpoint": {"allow_pickle": true} if only you will load it',
         )
+
+
+def encoded_number(value: torch.Tensor) -> Any:
+    """A tensor that is one finite number, as JSON has it; None where it is another."""
+    dtype = _SCALARS.get(value.dtype)
+    if dtype is None or value.ndim or value.device.type != "cpu":
+        return None
+    number = value.item()
+    return {_TAG: "scalar", "v": number, "dtype": dtype} if math.isfinite(number) else None
 
 
 class Decoder:

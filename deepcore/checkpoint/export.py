@@ -15,7 +15,7 @@ import torch
 
 from deepcore.checkpoint.fragments import Form
 from deepcore.checkpoint.image import Entry, lay_out
-from deepcore.checkpoint.io import write_file
+from deepcore.checkpoint.io import write_parts
 from deepcore.checkpoint.names import frozen_names, model_config, model_names, tied_names
 from deepcore.checkpoint.reader import Reader
 from deepcore.errors import UsageError
@@ -47,8 +47,9 @@ def write_model(path: Path, state: Mapping[str, torch.Tensor], tied: Mapping[str
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         if path.suffix == ".safetensors":
-            entries = [Entry(name, tuple(value.shape), value.reshape(-1)) for name, value in state.items()]
-            write_file(fresh, lay_out(entries, {"format": "pt", **tied}), fsync=True)
+            entries = [Entry(name, value.dtype, tuple(value.shape)) for name, value in state.items()]
+            image = lay_out(entries, {"format": "pt", **tied})
+            write_parts(fresh, image.parts([value.reshape(-1) for value in state.values()]), fsync=True)
         else:
             torch.save({**state, **{alias: state[name] for alias, name in tied.items()}}, fresh)
         fresh.replace(path)

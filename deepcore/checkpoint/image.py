@@ -1,11 +1,12 @@
 """Owns the layout of a data file: the header of the safetensors format, and where each tensor's bytes lie.
 
-Knows nothing of how files are written.
+Knows nothing of how files are written, and of tensors only what a header says.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,15 @@ ALIGN = 64  # bytes: where the data of a file begins
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: its name and shape in the file, and its elements, 1-D."""
+    """A tensor of a file, as its header has it."""
 
     name: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    values: torch.Tensor
 
     @property
     def nbytes(self) -> int:
-        return self.values.numel() * self.values.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -36,41 +37,38 @@ class Image:
 
     Attributes:
         head: its first bytes.
-        entries: what follows, in order, without gaps.
-        begins: the first byte of each, by name.
+        order: the entries that follow, by number, without gaps; those without bytes are left out.
+        begins: the first byte of every entry, by number.
         nbytes: of the file.
     """
 
     head: bytes
-    entries: tuple[Entry, ...]
-    begins: Mapping[str, int]
+    order: tuple[int, ...]
+    begins: tuple[int, ...]
     nbytes: int
 
-    def parts(self) -> list[torch.Tensor]:
-        """The file's bytes, as uint8 tensors wherever they are."""
+    def parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The file's bytes, as uint8 tensors wherever they are: the header, and each entry's elements, 1-D."""
         head = torch.frombuffer(bytearray(self.head), dtype=torch.uint8)
-        return [head, *(as_bytes(entry.values) for entry in self.entries if entry.nbytes)]
+        return [head, *(_as_bytes(values[number]) for number in self.order)]
 
 
 def lay_out(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> Image:
     """Elements of wider dtypes come first, so that all are aligned without gaps, which the format does not allow."""
-    ordered = sorted(entries, key=lambda entry: -entry.values.dtype.itemsize)
+    order = sorted(range(len(entries)), key=lambda number: -entries[number].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    begins, place = {}, 0
-    for entry in ordered:
+    begins, place = [0] * len(entries), 0
+    for number in order:
+        entry = entries[number]
         end = place + entry.nbytes
-        header[entry.name] = {
-            "dtype": NAMES[entry.values.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [place, end],
-        }
-        begins[entry.name], place = place, end
+        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [place, end]}
+        begins[number], place = place, end
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-(8 + len(text)) // ALIGN) * ALIGN - 8)
     head = len(text).to_bytes(8, "little") + text
-    return Image(head, tuple(ordered), {n: len(head) + begin for n, begin in begins.items()}, len(head) + place)
+    filled = tuple(number for number in order if entries[number].nbytes)
+    return Image(head, filled, tuple(len(head) + begin for begin in begins), len(head) + place)
 
 
-def as_bytes(values: torch.Tensor) -> torch.Tensor:
-    """The memory of a tensor of one dim, as uint8."""
+def _as_bytes(values: torch.Tensor) -> torch.Tensor:
     return values.detach().contiguous().view(torch.uint8)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from deepcore.checkpoint.image import Image
 from deepcore.checkpoint.manifest import FileRecord
 from deepcore.errors import CheckpointError
 from deepcore.ops import block_file
@@ -30,17 +29,12 @@ def _silent(nbytes: int) -> None:
     return None
 
 
-def write_file(path: Path, image: Image, *, fsync: bool, advance: Progress = _silent) -> FileRecord:
-    """Write a file that is not there yet.
+def write_parts(path: Path, parts: Sequence[torch.Tensor], *, fsync: bool, advance: Progress = _silent) -> FileRecord:
+    """Write a file that is not there yet: the bytes in uint8 tensors, one after the other.
 
     Raises:
         OSError: as the file system has it.
     """
-    return write_parts(path, image.parts(), fsync=fsync, advance=advance)
-
-
-def write_parts(path: Path, parts: Sequence[torch.Tensor], *, fsync: bool, advance: Progress = _silent) -> FileRecord:
-    """``write_file`` of the bytes in uint8 tensors, one after the other."""
     transfers, sums, offset = block_file.for_writing(), list[int](), 0
     staging = _Staging()
     with _created(path) as file:

@@ -5,14 +5,14 @@ Knows nothing of files or manifests. The same list serves saving, where it is re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from deepcore.checkpoint.encoding import Encoder
+from deepcore.checkpoint.encoding import Encoder, encoded_number
 from deepcore.checkpoint.fragments import Form, Fragment, order_of, whole
 from deepcore.checkpoint.names import BUFFERS, STATE, WEIGHTS
 from deepcore.optim.factory import EngineOptimizer
@@ -28,14 +28,31 @@ def param_form(held: Held, dtype: torch.dtype) -> Form:
     return Form(dtype, shape, order_of(shape, held.group.strides[held.index]))
 
 
-def weight_fragments(module: torch.nn.Module, *, exclude_frozen: bool = False) -> Iterator[Fragment]:
-    """What is here of every parameter, in the highest precision that training keeps: masters where there are any."""
-    for name, param in module.named_parameters():
-        if exclude_frozen and not param.requires_grad:
+Named = Sequence[tuple[str, Held]]
+
+
+def all_held(module: torch.nn.Module) -> Named:
+    """Every parameter, by its first name."""
+    return [(name, holdings.require(param)) for name, param in module.named_parameters()]
+
+
+def weight_fragments(
+    held_here: Named, *, exclude_frozen: bool = False, whole_weights: bool = False
+) -> Iterator[Fragment]:
+    """What is here of every parameter, in the highest precision that training keeps: masters where there are any.
+
+    Args:
+        whole_weights: all of each, and not this rank's shard; where the strategy's ``weights_are_masters``.
+    """
+    for name, held in held_here:
+        if exclude_frozen and not held.param.requires_grad:
             continue
-        held = holdings.require(param)
         if held.group is None:
-            yield replace(whole(WEIGHTS + name, param.data), cut=held.cut)
+            yield replace(whole(WEIGHTS + name, held.param.data), cut=held.cut)
+            continue
+        if whole_weights and held.number is not None:
+            values = held.group.full[held.slot.start : held.slot.end]
+            yield Fragment(WEIGHTS + name, param_form(held, values.dtype), 0, values, cut=held.cut)
             continue
         part = weights_part(held)
         if part is not None:
@@ -73,12 +90,9 @@ def aliases(module: torch.nn.Module) -> dict[str, str]:
     return found
 
 
-def updated(module: torch.nn.Module) -> Iterator[tuple[str, Held]]:
+def updated(held_here: Named) -> Named:
     """Parameters that the optimizer updates."""
-    for name, param in module.named_parameters():
-        held = holdings.require(param)
-        if held.number is not None:
-            yield name, held
+    return [(name, held) for name, held in held_here if held.number is not None]
 
 
 class OptimizerContents:
@@ -89,20 +103,25 @@ class OptimizerContents:
         entries: per parameter and key the encoded value: a number, or the name of a tensor.
     """
 
-    def __init__(self, module: torch.nn.Module, optimizer: EngineOptimizer, *, allow_pickle: bool) -> None:
+    def __init__(self, held_here: Named, optimizer: EngineOptimizer, *, allow_pickle: bool) -> None:
         self.fragments: list[Fragment] = []
         self.entries: dict[str, dict[str, Any]] = {}
         self._allow_pickle = allow_pickle
         numbers: list[tuple[str, str, torch.Tensor]] = []
-        for name, held in updated(module):
-            offset, found = optimizer.local_state(held.param)
+        mine = updated(held_here)
+        states = optimizer.local_states([held.param for _, held in mine])
+        for (name, held), (offset, found) in zip(mine, states, strict=True):
             for key, value in found.items():
                 if isinstance(value, torch.Tensor) and value.ndim == 0 and offset is not None:
                     numbers.append((name, key, value))
                 else:
                     self._add(name, key, value, held, offset)
         for (name, key, _), number in zip(numbers, read_numbers([value for *_, value in numbers]), strict=True):
-            self._add(name, key, number, None, None)
+            encoded = encoded_number(number)
+            if encoded is None:
+                self._add(name, key, number, None, None)
+            else:
+                self.entries.setdefault(name, {})[key] = encoded
 
     def _add(self, name: str, key: str, value: Any, held: Held | None, offset: int | None) -> None:
         label = f"{STATE}{name}/{key}"

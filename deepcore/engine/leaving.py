@@ -81,6 +81,11 @@ class Leaving:
                 logger().error("SIGTERM: an engine has no folder of its own and is not saved: let it save into one")
                 continue
             taken.add(folder)
+            if engine.gave_client_state and not engine.provides_client_state and engine.global_rank == 0:
+                logger().warning(
+                    "SIGTERM: this save keeps no client_state, which earlier ones were given; "
+                    "say what it is by engine.provide_client_state(lambda: {...})"
+                )
             engine.save_checkpoint(folder)
             engine.wait_for_save()
         settle_all()

@@ -16,7 +16,7 @@ from deepcore.checkpoint.encoding import Decoder
 from deepcore.checkpoint.fragments import Form, Fragment, order_of
 from deepcore.checkpoint.names import WEIGHTS
 from deepcore.checkpoint.reader import Reader
-from deepcore.engine.contents import param_form, updated
+from deepcore.engine.contents import all_held, param_form, updated
 from deepcore.errors import CheckpointError
 from deepcore.optim.client import ClientOptimizer
 from deepcore.zero.holdings import Held
@@ -50,7 +50,9 @@ class OptimizerRestorer:
             for name, entries in rank.get("optimizer", {}).items():
                 saved.setdefault(name, {}).update(entries)
         without = []
-        for name, held in updated(engine.module):
+        mine = updated(all_held(engine.module))
+        states = self._optimizer.local_states([held.param for _, held in mine])
+        for (name, held), state in zip(mine, states, strict=True):
             entries = saved.get(renamed.get(name, name))
             if held.slot.numel == 0:
                 continue
@@ -60,7 +62,7 @@ class OptimizerRestorer:
             elif isinstance(self._optimizer, ClientOptimizer):
                 self._plan_client(held, renamed.get(name, name), entries)
             else:
-                self._plan_segments(held, name, entries)
+                self._plan_segments(held, name, entries, *state)
         if without and not isinstance(self._optimizer, ClientOptimizer) and engine.global_rank == 0:
             logger().warning(
                 f"{len(without)} parameters, '{without[0]}' first, have no optimizer state in {reader.path}: "
@@ -78,8 +80,9 @@ class OptimizerRestorer:
                 do="use the optimizer that it was saved with, or pass load_optimizer_states=False",
             )
 
-    def _plan_segments(self, held: Held, name: str, entries: Entries) -> None:
-        offset, found = self._optimizer.local_state(held.param)
+    def _plan_segments(
+        self, held: Held, name: str, entries: Entries, offset: int | None, found: Mapping[str, Any]
+    ) -> None:
         if found and found.keys() != entries.keys():
             raise self._other_optimizer(name, entries, found)
         for key, value in found.items():

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from deepcore.checkpoint.background import BackgroundSaver
+from deepcore.checkpoint.division import Divisions
 from deepcore.comm.letters import letters
 from deepcore.engine import restoring, saving
 from deepcore.engine.accounting import Accounting
 from deepcore.engine.leaving import leaving
 from deepcore.engine.restoring import LoadOptions
 from deepcore.engine.tensor import PartRanks
+from deepcore.errors import UsageError
 from deepcore.zero.strategy import ZeroStrategy
 
 
@@ -30,6 +32,7 @@ class Persistent(Accounting):
         strategy: where its weights are.
         lr_scheduler, training_dataloader: None where there is none.
         last_save_dir: where it was saved last.
+        gave_client_state: a save was given one by the script.
         resumed_from, client_state: of the checkpoint that ``deepcore run --resume`` loaded; None where it did not.
         parts: what is done together with ranks that hold other parts of the layers; None where this one has all.
     """
@@ -39,8 +42,11 @@ class Persistent(Accounting):
     lr_scheduler: Any
     training_dataloader: Any
     last_save_dir: Path | None = None
+    gave_client_state: bool = False
     resumed_from: str | None = None
     client_state: dict[str, Any] | None = None
+    _client_state_now: Callable[[], Mapping[str, Any]] | None = None
+    _divisions: Divisions | None = None
     _saver: BackgroundSaver | None = None
     _destroyed: bool
     parts: PartRanks | None = None
@@ -62,6 +68,7 @@ class Persistent(Accounting):
             save_dir: folder that all ranks share.
             tag: its name there; ``global_step<N>`` unless given.
             client_state: whatever else is to be kept: numbers, strings, tensors, and lists, tuples, sets and dicts.
+                None: what the function given to ``provide_client_state`` returns, where there is one.
             save_latest: let ``load_checkpoint`` find it without a tag.
             exclude_frozen_parameters: leave those out.
 
@@ -73,6 +80,38 @@ class Persistent(Accounting):
             self, save_dir, tag, client_state, save_latest=save_latest, exclude_frozen=exclude_frozen_parameters
         )
         return True
+
+    def provide_client_state(self, provider: Callable[[], Mapping[str, Any]] | None) -> None:
+        """Say what saves keep that are given no ``client_state``: those that SIGTERM makes, and any other.
+
+        Args:
+            provider: called on every rank at each of those saves; None forgets the one before.
+        """
+        if provider is not None and not callable(provider):
+            raise UsageError(
+                "provide_client_state takes a function",
+                got=type(provider).__name__,
+                expected="a function without arguments that returns a dict",
+                do="pass lambda: {...}, so that each save keeps what is true by then",
+            )
+        self._client_state_now = provider
+
+    @property
+    def provides_client_state(self) -> bool:
+        """Whether saves that are given none have one all the same."""
+        return self._client_state_now is not None
+
+    def client_state_now(self) -> Mapping[str, Any]:
+        """What a save keeps that was given nothing."""
+        found = {} if self._client_state_now is None else self._client_state_now()
+        if isinstance(found, Mapping):
+            return found
+        raise UsageError(
+            "the function given to provide_client_state returned no dict",
+            got=type(found).__name__,
+            expected="a dict, {} where there is nothing to keep",
+            do="let it return one",
+        )
 
     def load_checkpoint(
         self,
@@ -114,6 +153,13 @@ class Persistent(Accounting):
         """
         if self._saver is not None:
             self._saver.wait()
+
+    @property
+    def divisions(self) -> Divisions:
+        """What saves have agreed on that wait for their files."""
+        if self._divisions is None:
+            self._divisions = Divisions()
+        return self._divisions
 
     def background_saver(self) -> BackgroundSaver:
         """What saves this engine asynchronously; made at the first call. Collective."""

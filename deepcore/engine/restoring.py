@@ -24,7 +24,7 @@ from deepcore.checkpoint.progress import lines_of
 from deepcore.checkpoint.reader import Reader
 from deepcore.comm.exchange import gather_records, together
 from deepcore.engine import random_state
-from deepcore.engine.contents import aliases, buffer_fragments, extra_states, weight_fragments
+from deepcore.engine.contents import aliases, all_held, buffer_fragments, extra_states, weight_fragments
 from deepcore.engine.optimizer_restoring import OptimizerRestorer, require_groups, restore_groups
 from deepcore.engine.saved_state import require_state
 from deepcore.engine.saving import require_folder
@@ -124,7 +124,7 @@ class _Restorer:
     def survey(self) -> None:
         """List what is wanted here, and its names in the checkpoint."""
         module = self._engine.module
-        self._wanted = [*weight_fragments(module), *buffer_fragments(module)]
+        self._wanted = [*weight_fragments(all_held(module)), *buffer_fragments(module)]
         self._renamed = {WEIGHTS + name: WEIGHTS + other for name, other in self._renames().items()}
         for name in (f.name for f in self._wanted if f.name.startswith(BUFFERS)):
             other = WEIGHTS + name.removeprefix(BUFFERS)

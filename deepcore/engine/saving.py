@@ -30,8 +30,10 @@ from deepcore.comm.exchange import gather_records, together
 from deepcore.config.resolve import MICRO, TOTAL
 from deepcore.engine import random_state
 from deepcore.engine.contents import (
+    Named,
     OptimizerContents,
     aliases,
+    all_held,
     buffer_fragments,
     extra_states,
     weight_fragments,
@@ -71,11 +73,11 @@ def save(
     options = SaveOptions(
         fsync=section.fsync, latest=save_latest, retention=Retention(section.keep_last, section.keep_every)
     )
-    engine.last_save_dir = root
+    engine.last_save_dir, engine.gave_client_state = root, engine.gave_client_state or bool(client_state)
     lines = lines_of(f"saving {root / tag}", speaks=engine.global_rank == 0)
     if section.async_:
         return engine.background_saver().save(root, tag, content, options, lines)
-    path = checkpointer.save(root, tag, content, world, options, lines)
+    path = checkpointer.save(root, tag, content, world, options, lines, engine.divisions)
     if engine.global_rank == 0:
         logger().info(f"saved {path}")
     return path
@@ -110,19 +112,20 @@ def require_folder(given: Any, name: str) -> Path:
 def contents_of(engine: Persistent, client_state: Mapping[str, Any] | None, *, exclude_frozen: bool) -> Content:
     """Everything that this rank brings to a checkpoint, as views: nothing is copied."""
     section, module = engine.settings.checkpoint, engine.module
-    fragments = list(weight_fragments(module, exclude_frozen=exclude_frozen))
+    held_here = all_held(module)
+    fragments = list(weight_fragments(held_here, exclude_frozen=exclude_frozen))
     speaks = engine.mesh.zero_axis.rank == 0  # of those that hold the same, for what may differ between them
     if speaks:
         fragments += [f for f in buffer_fragments(module) if engine.saves_here(f.name.removeprefix(BUFFERS))]
     shared = Encoder("state/", allow_pickle=section.allow_pickle)
-    state = shared.encode(_state_of(engine, client_state, exclude_frozen), "")
+    state = shared.encode(_state_of(engine, held_here, client_state, exclude_frozen), "")
     own = Encoder(f"ranks/{engine.global_rank}/", allow_pickle=section.allow_pickle)
     extra = {name: owner.get_extra_state() for name, owner in extra_states(module)}
     state["module"]["extra"] = own.encode(extra, "extra state") if speaks else {}
     mine = own.encode({"random": random_state.capture(engine.device)})
     optimizer = engine.optimizer
     if optimizer is not None:
-        held = OptimizerContents(module, optimizer, allow_pickle=section.allow_pickle)
+        held = OptimizerContents(held_here, optimizer, allow_pickle=section.allow_pickle)
         fragments += held.fragments
         mine["optimizer"] = held.entries if speaks or not optimizer.updates_everything else {}
     if engine.global_rank == 0:
@@ -131,7 +134,9 @@ def contents_of(engine: Persistent, client_state: Mapping[str, Any] | None, *, e
     return Content(_require_distinct(fragments), state, mine, _about(engine))
 
 
-def _state_of(engine: Persistent, client_state: Mapping[str, Any] | None, exclude_frozen: bool) -> dict[str, Any]:
+def _state_of(
+    engine: Persistent, held_here: Named, client_state: Mapping[str, Any] | None, exclude_frozen: bool
+) -> dict[str, Any]:
     core, loader = engine.core, engine.training_dataloader
     schedule = getattr(engine.lr_scheduler, "state_dict", None)
     if engine.clock.in_window:
@@ -148,21 +153,21 @@ def _state_of(engine: Persistent, client_state: Mapping[str, Any] | None, exclud
         "scaler": None if core is None else core.scaler.state_dict(),
         "schedule": schedule() if callable(schedule) else None,
         "loader": None if loader is None else loader.state_dict(rewind=engine.clock.in_window),
-        "optimizer": None if core is None else groups_of(engine),
+        "optimizer": None if core is None else groups_of(engine, held_here),
         "module": {
             "aliases": aliases(engine.module),
             "without_frozen": exclude_frozen,
             "config": described(engine.module),
-            "frozen": [name for name, param in engine.module.named_parameters() if not param.requires_grad],
+            "frozen": [name for name, held in held_here if not held.param.requires_grad],
         },
-        "client": dict(client_state or {}),
+        "client": dict(engine.client_state_now() if client_state is None else client_state),
     }
 
 
-def groups_of(engine: Persistent) -> dict[str, Any]:
+def groups_of(engine: Persistent, held_here: Named) -> dict[str, Any]:
     """The optimizer's param_groups: names of parameters, and hyperparameters."""
     optimizer = engine.optimizer
-    names = {param: name for name, param in engine.module.named_parameters()}
+    names = {held.param: name for name, held in held_here}
     groups = [
         {
             "params": [names.get(optimizer.original(param), "") for param in group["params"]],

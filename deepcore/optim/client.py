@@ -6,7 +6,7 @@ Knows nothing of its formula: it hands it gradients, scaled and clipped, and tak
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -228,6 +228,10 @@ class ClientOptimizer(Optimizer):
         """What this rank keeps of a parameter's state: (None, the client's own dict), each tensor whole."""
         state: dict[str, Any] = self.client.state.get(self._target_of.get(param, param), {})
         return None, state
+
+    def local_states(self, params: Sequence[torch.Tensor]) -> list[tuple[int | None, dict[str, Any]]]:
+        """``local_state`` of several."""
+        return [self.local_state(param) for param in params]
 
     def original(self, target: torch.Tensor) -> torch.Tensor:
         """The model's parameter behind one that stands in the groups."""

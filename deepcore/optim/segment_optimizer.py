@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -182,19 +182,47 @@ class SegmentOptimizer(Optimizer, ABC):
         ``step`` is 0-dimensional, the others are 1-D in memory order: views, or copies where state is in a file.
         ``write_state`` writes either.
         """
-        places = self._places.get(param)
-        if not places or self._arena is None:
-            return None, {}
-        runs: dict[str, list[torch.Tensor]] = {}
-        for batch, index in places:
-            segment = batch.table.segments[index]
-            with self._arena.at_hand(batch, keep=False):
+        return self.local_states([param])[0]
+
+    def local_states(self, params: Sequence[torch.Tensor]) -> list[tuple[int | None, dict[str, Any]]]:
+        """``local_state`` of several, with one look at each batch."""
+        runs: dict[torch.Tensor, dict[str, list[torch.Tensor]]] = {param: {} for param in params}
+        wanted: dict[int, list[tuple[torch.Tensor, int]]] = {}  # by batch: parameters and their segments
+        for param in params:
+            for batch, index in self._places.get(param, ()):
+                wanted.setdefault(id(batch), []).append((param, index))
+        steps: dict[torch.Tensor, tuple[int, torch.Tensor]] = {}
+        for batch in self.batches if wanted else ():
+            if id(batch) in wanted:
+                self._gather_runs(batch, wanted[id(batch)], runs, steps)
+        found: list[tuple[int | None, dict[str, Any]]] = []
+        for param in params:
+            if param not in steps:
+                found.append((None, {}))
+                continue
+            offset, step = steps[param]
+            whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in runs[param].items()}
+            found.append((offset, {"step": step, **whole}))
+        return found
+
+    def _gather_runs(
+        self,
+        batch: SegmentBatch,
+        wanted: Sequence[tuple[torch.Tensor, int]],
+        runs: Mapping[torch.Tensor, dict[str, list[torch.Tensor]]],
+        steps: dict[torch.Tensor, tuple[int, torch.Tensor]],
+    ) -> None:
+        """Add what one batch has of parameters, given with the numbers of their segments."""
+        assert self._arena is not None
+        copies = self._arena.is_filed
+        counts = batch.steps.unbind() if len(wanted) > 8 else batch.steps
+        with self._arena.at_hand(batch, keep=False):
+            for param, index in wanted:
+                segment = batch.table.segments[index]
+                steps.setdefault(param, (segment.offset, counts[index]))
                 for name, tensors in batch.states.items():
                     run = _elements(tensors[segment.tensor], segment)
-                    runs.setdefault(name, []).append(run.clone() if self._arena.is_filed else run)
-        batch, index = places[0]
-        whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in runs.items()}
-        return batch.table.segments[index].offset, {"step": batch.steps[index], **whole}
+                    runs[param].setdefault(name, []).append(run.clone() if copies else run)
 
     def write_state(self, param: torch.Tensor, key: str, value: torch.Tensor) -> None:
         """Write what ``local_state`` gives under ``key``, wherever it is: of the same shape, on any device."""

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from deepcore.checkpoint import checkpointer, io
 from deepcore.checkpoint import folder as folders
-from deepcore.checkpoint import io
 from deepcore.checkpoint.background import BackgroundSaver
-from deepcore.checkpoint.checkpointer import SaveOptions
+from deepcore.checkpoint.checkpointer import Content, SaveOptions
+from deepcore.checkpoint.division import Divisions, key_of
+from deepcore.checkpoint.fragments import whole
+from deepcore.checkpoint.reader import Reader
 from deepcore.comm.exchange import gather_bytes
 from deepcore.comm.letters import Letters
 from deepcore.comm.mesh import Mesh
@@ -225,3 +228,36 @@ def test_a_rank_that_is_killed_leaves_the_last_checkpoint(victim: int, late: boo
         run_ranks(2, die_while_writing, tmp_path, victim, late, background)
     assert (tmp_path / "latest").read_text() == "one"
     run_ranks(1, resume, Layout(0, 1), "adamw", tmp_path, 1)
+
+
+def divide_anew_where_one_rank_changed(folder: Path) -> list[int]:
+    """Rank 1 comes to hold more, then something else of the same size, then what it held at first."""
+    from deepcore import comm
+
+    mesh = Mesh.build(comm.init_distributed())
+    rank, divisions, known = mesh.world.rank, Divisions(), list[int]()
+    extra = {1: torch.arange(6.0), 2: torch.arange(6, dtype=torch.int32), 3: torch.arange(6.0).view(2, 3).t()}
+    for number, own in enumerate([0, 0, 1, 1, 2, 3, 0]):
+        both, values = torch.arange(100.0) + number, {}
+        if rank == 1 and own:
+            values["own"] = extra[own] + number
+        fragments = [whole(name, value) for name, value in {"both": both, **values}.items()]
+        before = divisions.fitting(key_of(fragments))
+        given = Content(fragments, {}, {"rank": rank}, {})
+        path = checkpointer.save(
+            folder, f"save{number}", given, mesh.world, SaveOptions(fsync=False), divisions=divisions
+        )
+        known.append(divisions.fitting(key_of(fragments)) == before)
+        reader = Reader(path)
+        assert torch.equal(reader.tensor("both"), both)
+        assert ("own" in reader.tensors) == bool(own)
+        if own:
+            assert torch.equal(reader.tensor("own"), extra[own] + number)
+        assert reader.manifest.state["ranks"] == [{"rank": 0}, {"rank": 1}]
+    mesh.destroy()
+    return known
+
+
+def test_a_change_on_one_rank_divides_anew_on_all(tmp_path: Path, hostile: bool) -> None:
+    told = run_ranks(2, divide_anew_where_one_rank_changed, tmp_path, hostile=hostile)
+    assert told == [[False, True, False, True, False, False, False]] * 2

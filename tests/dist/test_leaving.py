@@ -59,6 +59,10 @@ def train(engine, until, note, pause=0.0):
 
 if __name__ == "__main__":
     engine = start()
+    if engine.resumed_from:
+        with open("resumed", "w") as file:
+            file.write(repr(engine.client_state))
+    engine.provide_client_state(lambda: {"steps": engine.global_steps, "rank": engine.global_rank})
     path = f"losses.{os.environ['WORLD_SIZE']}.{engine.global_rank}"
     with open(path, "w", buffering=1) as file:
         train(engine, int(sys.argv[1]), lambda step, loss: file.write(f"{step} {loss!r}\\n"), float(sys.argv[2]))
@@ -113,6 +117,7 @@ def test_sigterm_saves_and_another_number_of_ranks_goes_on(tmp_path: Path) -> No
     process = launch(tmp_path, 1, ["--save-dir", "saves", "--resume"], [str(until), "0"])
     _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
+    assert (tmp_path / "resumed").read_text() == repr({"steps": stopped, "rank": 0})
     found = before | losses(tmp_path, 1)
     wanted: dict[int, float] = {}
     program: dict[str, Any] = {"__name__": "script"}

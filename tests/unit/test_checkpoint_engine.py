@@ -117,6 +117,23 @@ def test_client_state_comes_back_as_it_was(tmp_path: Path) -> None:
         assert found[name].dtype == given[name].dtype
 
 
+def test_a_function_says_what_saves_keep_that_are_given_nothing(tmp_path: Path) -> None:
+    engine, epochs = start(), [0]
+    engine.provide_client_state(lambda: {"epoch": epochs[0]})
+    epochs[0] = 5
+    engine.save_checkpoint(tmp_path, tag="asked")
+    engine.save_checkpoint(tmp_path, tag="given", client_state={"epoch": 9})
+    engine.provide_client_state(None)
+    engine.save_checkpoint(tmp_path, tag="forgotten")
+    found = {tag: engine.load_checkpoint(tmp_path, tag=tag)[1] for tag in ("asked", "given", "forgotten")}
+    assert found == {"asked": {"epoch": 5}, "given": {"epoch": 9}, "forgotten": {}}
+    with pytest.raises(UsageError, match=r"(?s)takes a function.*dict"):
+        engine.provide_client_state({"epoch": 5})
+    engine.provide_client_state(lambda: None)
+    with pytest.raises(UsageError, match=r"(?s)returned no dict.*NoneType"):
+        engine.save_checkpoint(tmp_path, tag="none")
+
+
 class Foreign:
     pass
 
