@@ -128,6 +128,12 @@ def current_world() -> World | None:
     return _state.world
 
 
+def on_one_machine() -> bool:
+    """Whether all ranks share this one's page cache."""
+    world = current_world()
+    return world is not None and world.local_size == world.size
+
+
 def control_group() -> dist.ProcessGroup:
     """A group of all ranks that moves CPU tensors; made at the first call, by all ranks together, where NCCL cannot."""
     world = current_world()

@@ -23,10 +23,11 @@ from deepcore.checkpoint.names import BUFFERS, WEIGHTS, state_dict
 from deepcore.checkpoint.progress import lines_of
 from deepcore.checkpoint.reader import Reader
 from deepcore.comm.exchange import gather_records, together
+from deepcore.comm.setup import on_one_machine
 from deepcore.engine import random_state
 from deepcore.engine.contents import aliases, all_held, buffer_fragments, extra_states, weight_fragments
 from deepcore.engine.optimizer_restoring import OptimizerRestorer, require_groups, restore_groups
-from deepcore.engine.saved_state import require_state
+from deepcore.engine.saved_state import require_alike, require_state, understood
 from deepcore.engine.saving import require_folder
 from deepcore.errors import CheckpointError, UsageError
 from deepcore.zero.gather import load_weights
@@ -74,7 +75,8 @@ def load(
     together(restorer.prepare, world, CheckpointError)
     engine.begin_load()
     together(restorer.read, world, CheckpointError)
-    client = restorer.finish()
+    restorer.adopt()
+    client = together(restorer.finish, world, CheckpointError)
     engine.finish_load()
     if engine.global_rank == 0:
         logger().info(f"loaded {reader.path}")
@@ -113,6 +115,9 @@ class _Restorer:
         self._engine, self._reader, self._options = engine, reader, options
         self._state = require_state(reader)
         self._with_optimizer = options.optimizer and not options.module_only and engine.optimizer is not None
+        # From the page cache of one machine, all weights are read sooner than the others' shards are received.
+        near = engine.device.type == "cpu" and on_one_machine()
+        self._whole = near and options.custom is None and engine.strategy.weights_are_masters
         self._wanted: list[Fragment] = []
         self._renamed: dict[str, str] = {}  # of what is wanted, where the checkpoint has it under another name
         self._known: set[str] = set()  # names in the checkpoint that this model has, on any stage
@@ -123,8 +128,12 @@ class _Restorer:
 
     def survey(self) -> None:
         """List what is wanted here, and its names in the checkpoint."""
+        with understood(self._reader, "names"):
+            self._survey()
+
+    def _survey(self) -> None:
         module = self._engine.module
-        self._wanted = [*weight_fragments(all_held(module)), *buffer_fragments(module)]
+        self._wanted = [*weight_fragments(all_held(module), whole_weights=self._whole), *buffer_fragments(module)]
         self._renamed = {WEIGHTS + name: WEIGHTS + other for name, other in self._renames().items()}
         for name in (f.name for f in self._wanted if f.name.startswith(BUFFERS)):
             other = WEIGHTS + name.removeprefix(BUFFERS)
@@ -144,6 +153,11 @@ class _Restorer:
         return {self._renamed.get(name, name) for name in here}
 
     def prepare(self) -> None:
+        """Find out whether it can be done."""
+        with understood(self._reader, "optimizer state"):
+            self._prepare()
+
+    def _prepare(self) -> None:
         engine, renamed = self._engine, self._renamed
         self._require_names()
         if self._options.custom is None:
@@ -213,23 +227,40 @@ class _Restorer:
         wanted["random"] = None
         if len(self._state["ranks"]) == engine.world_size and self._state.get("stages", 1) == engine.mesh.pp.size:
             wanted["random"] = self._state["ranks"][engine.global_rank]["random"]
-        self._plain = decoder.decode(wanted)
+        with understood(self._reader, "plain state"):
+            self._plain = decoder.decode(wanted)
+            self._require_kinds()
         plain = (_target(self._reader, name, flat) for name, flat in self._decoded.items())
         lines = lines_of(f"loading {self._reader.path}", speaks=engine.global_rank == 0)
         self._reader.read([*self._targets, *plain], lines)
 
-    def finish(self) -> dict[str, Any]:
-        """Let everything follow what was read; returns the client's state. Collective."""
+    def _require_kinds(self) -> None:
+        """Plain values that others will compute with are of the kinds that those have now."""
         engine, state = self._engine, self._plain
+        if self._with_optimizer and state["optimizer"]:
+            for live, saved in zip(engine.optimizer.param_groups, state["optimizer"]["groups"], strict=True):
+                require_alike(self._reader, "a param_group", live, saved["options"])
+        now = getattr(engine.lr_scheduler, "state_dict", None)
+        if callable(now) and isinstance(state["schedule"], dict):
+            require_alike(self._reader, "the schedule", now(), state["schedule"])
+
+    def adopt(self) -> None:
+        """Let the module's weights follow what was read. Collective."""
         if self._options.custom is not None:
             self._load_custom(self._options.custom)
         else:
-            engine.strategy.adopt_masters()
-        for name, owner in extra_states(engine.module):
-            if name in state["module"]["extra"]:
-                owner.set_extra_state(state["module"]["extra"][name])
+            self._engine.strategy.adopt_masters(whole=self._whole)
+
+    def finish(self) -> dict[str, Any]:
+        """Let everything else follow; returns the client's state. Not collective."""
+        engine, state = self._engine, self._plain
+        with understood(self._reader, "state of a module"):
+            for name, owner in extra_states(engine.module):
+                if name in state["module"]["extra"]:
+                    owner.set_extra_state(state["module"]["extra"][name])
         if not self._options.module_only:
-            self._restore_rest(state)
+            with understood(self._reader, "plain state"):
+                self._restore_rest(state)
         return dict(state["client"])
 
     def _fetch(self, name: str) -> torch.Tensor:

@@ -5,12 +5,17 @@ Knows nothing of tensors: their names in it are looked up elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from deepcore.checkpoint.reader import Reader
 from deepcore.errors import CheckpointError
 
+_LATER = {"draws"}  # what the first versions did not write
+_CHOSEN = {"foreach", "fused"}  # flags of torch's optimizers that are None until someone chooses
 _COUNTERS = ("micro_steps", "global_steps", "skipped_steps", "global_samples")
 
 
@@ -32,6 +37,48 @@ def require_state(reader: Reader) -> Mapping[str, Any]:
     return state
 
 
+@contextmanager
+def understood(reader: Reader, what: str) -> Iterator[None]:
+    """Values that nobody can make anything of are an error of the checkpoint, whoever stumbles over them."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{reader.path} has {what} that cannot be taken over",
+            got=f"{type(error).__name__}: {error}"[:300],
+            expected="what engine.save_checkpoint() writes",
+            do="load another checkpoint; this one was changed by hand or written by another program",
+        ) from error
+
+
+def require_alike(reader: Reader, what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise where a saved value is of another kind than the one that it is to replace.
+
+    Raises:
+        CheckpointError: a string in the place of a number, for example, which would fail at the next step.
+    """
+    for key in live.keys() & saved.keys():
+        unset = key in _CHOSEN and saved[key] is None
+        if not unset and not _alike(live[key], saved[key]):
+            raise CheckpointError(
+                f"{reader.path} has another kind of '{key}' for {what}",
+                got=repr(saved[key])[:80],
+                expected=f"something like {live[key]!r}"[:100],
+                do="load another checkpoint; this one was changed by hand or written by another program",
+            )
+
+
+def _alike(live: Any, saved: Any) -> bool:
+    if isinstance(live, (list, tuple)):
+        same = isinstance(saved, (list, tuple)) and len(live) == len(saved)
+        return same and all(_alike(a, b) for a, b in zip(live, saved, strict=True))
+    if isinstance(live, (int, float, torch.Tensor)):  # flags among them, as 0 and 1 too
+        if isinstance(saved, torch.Tensor):
+            return saved.numel() == (live.numel() if isinstance(live, torch.Tensor) else 1)
+        return type(saved) is bool or (_is_number(saved) and abs(saved) < 1 << 62)
+    return live is None or isinstance(saved, type(live))
+
+
 def _complaint(state: Mapping[str, Any]) -> str:
     checks: dict[str, Callable[[Any], bool]] = {
         "clock": lambda v: isinstance(v, dict) and all(_is_count(v.get(key)) for key in _COUNTERS),
@@ -46,7 +93,9 @@ def _complaint(state: Mapping[str, Any]) -> str:
         "client": lambda v: isinstance(v, dict),
         "ranks": lambda v: isinstance(v, list) and all(_is_rank(entry) for entry in v),
     }
-    return next((f"{key}: {str(state.get(key))[:80]}" for key, good in checks.items() if not good(state.get(key))), "")
+    missing = next((f"no '{key}'" for key in checks if key not in state and key not in _LATER), "")
+    odd = (f"{key}: {str(state.get(key))[:80]}" for key, good in checks.items() if not good(state.get(key)))
+    return missing or next(odd, "")
 
 
 def _is_count(value: Any) -> bool:

@@ -154,6 +154,11 @@ class ShardArena(UpdateArena):
             fresh = torch.where(master.to(wanted.dtype) == wanted, master, fresh)
         self.store_master(number, low, fresh)
 
+    @property
+    def weights_are_masters(self) -> bool:
+        """Whether every master is a slice of its group's weights; the same on every rank."""
+        return all(copy is None for copy in self.copies)
+
     def run_of(self, number: int, index: int) -> tuple[int, int, int] | None:
         """(begin, end) of a parameter in this rank's shard, and where the parameter starts; None if it is elsewhere."""
         slot, (begin, end) = self.groups[number].layout.slots[index], self.ranges[number]

@@ -60,6 +60,11 @@ class TiledArena(ShardArena):
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
+    @property
+    def weights_are_masters(self) -> bool:
+        """No: masters have homes of their own."""
+        return False
+
     def _hold(self, group: FlatGroup, weights: torch.Tensor, master: torch.Tensor | FileColumn | None) -> None:
         assert not isinstance(master, FileColumn), "arenas of files take those"
         if not self.apart:

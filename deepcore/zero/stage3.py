@@ -126,6 +126,11 @@ class Stage3(ShardedGradients):
         self.clear()
         return untouched
 
+    @property
+    def weights_are_masters(self) -> bool:
+        """No: weights are shards."""
+        return False
+
     def publish(self) -> None:
         gather_weights(self._replicated, self._axis)
         self.traffic.invalidate()

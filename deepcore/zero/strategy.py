@@ -94,10 +94,20 @@ class ZeroStrategy(ABC):
     def publish(self) -> None:
         """The masters of this rank's shards changed: bring the module's weights up to date."""
 
-    def adopt_masters(self) -> None:
-        """The masters were overwritten as a whole: let copies and the module's weights follow. Collective."""
+    @property
+    def weights_are_masters(self) -> bool:
+        """Whether what is updated is whole on every rank, and the masters are slices of it; the same on every rank."""
+        return self.arena.weights_are_masters
+
+    def adopt_masters(self, *, whole: bool = False) -> None:
+        """The masters were overwritten as a whole: let copies and the module's weights follow. Collective.
+
+        Args:
+            whole: where ``weights_are_masters``: all weights were, on every rank, and so none has to travel.
+        """
         self.arena.round_masters()
-        self.publish()
+        if not whole:
+            self.publish()
         self.watch.renew()
 
     def held_nbytes(self, num_passes: int) -> int:
