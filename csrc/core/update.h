@@ -22,7 +22,7 @@ struct UpdateTensor {  // base addresses; the same element index holds for all o
 
 struct UpdateArgs {
     DType param_dtype, grad_dtype, state_dtype, copy_dtype;
-    const UpdateTensor* tensors;  // (num_tensors,) on the host, for CUDA too
+    const UpdateTensor* tensors;  // (num_tensors,), or a segment each, on the host, for CUDA too
     int64_t num_tensors;
     const int64_t* chunk_offsets;  // (num_tensors + 1,) on the host
     const Segment* segments;       // (num_segments,) from here on: on the tensors' device
@@ -34,7 +34,13 @@ struct UpdateArgs {
     const float* skip;        // (1,)
     void* scalars;            // (num_segments,) scratch of the formula's Scalars: prepare writes, apply reads
     int num_states;           // that were given: states[k] is null from there on
+    bool by_segment;          // tensors[row] is of that segment: its gradient lies apart from the others; CPU only
 };
+
+// The addresses for segment `row`; a gradient that lies apart is addressed as if it were part of a longer one.
+DEEPCORE_FN const UpdateTensor& tensor_of(const UpdateArgs& args, int64_t row) {
+    return args.tensors[args.by_segment ? row : args.segments[row].tensor];
+}
 
 constexpr int kLeftAlone = -1;  // the form of a segment that is not updated
 

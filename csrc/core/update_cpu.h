@@ -140,7 +140,7 @@ void apply_range(const UpdateArgs& args, int64_t begin, int64_t end) {
     const auto* const scalars = static_cast<const typename Formula::Scalars*>(args.scalars);
     for_each_chunk(args.segments, args.num_segments, begin, end, [&](int64_t row, int64_t, Span span) {
         if (scalars[row].form == kLeftAlone) return;
-        update_chunk<Formula>(args, args.tensors[args.segments[row].tensor], span, scalars[row]);
+        update_chunk<Formula>(args, tensor_of(args, row), span, scalars[row]);
     });
 }
 

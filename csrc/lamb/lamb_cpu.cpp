@@ -68,7 +68,7 @@ void lamb_moments_chunks(const LambMomentsArgs& args, int64_t begin, int64_t end
     const auto* const scalars = static_cast<const LambScalars*>(args.scalars);
     for_each_chunk(args.segments, args.num_segments, begin, end, [&](int64_t row, int64_t chunk, Span span) {
         if (scalars[row].form == kLeftAlone) return;
-        moments_chunk(args, args.tensors[args.segments[row].tensor], span, scalars[row], args.partials + 2 * chunk);
+        moments_chunk(args, tensor_of(args, row), span, scalars[row], args.partials + 2 * chunk);
     });
 }
 

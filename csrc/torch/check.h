@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -142,6 +143,23 @@ inline Tensor empty(int64_t numel, int32_t dtype, Device device) {
         aoti_torch_empty_strided(1, &numel, &kStride, dtype, device.type, device.index, &handle));
     return Tensor(handle);
 }
+
+// Memory for the length of one call. The kernels of a CPU take the host's own: a tensor would cost a microsecond.
+class Scratch {
+  public:
+    Scratch(int64_t nbytes, Device device) {
+        if (device.is_cpu()) {
+            host_.reset(new double[nbytes / sizeof(double) + 1]);  // not zeroed
+        } else {
+            tensor_ = std::make_unique<Tensor>(empty(nbytes, aoti_torch_dtype_uint8(), device));
+        }
+    }
+    void* memory() const { return host_ ? host_.get() : tensor_->data_ptr(); }
+
+  private:
+    std::unique_ptr<double[]> host_;
+    std::unique_ptr<Tensor> tensor_;
+};
 
 }  // namespace DEEPCORE_HIDDEN binding
 }  // namespace deepcore

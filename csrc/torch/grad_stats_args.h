@@ -10,7 +10,8 @@ namespace DEEPCORE_HIDDEN binding {
 
 struct GradStatsCall {  // the kernels' arguments, and what they point into
     std::vector<const void*> grads;
-    Tensor partials, squares, summary;
+    Scratch partials;
+    Tensor squares, summary;
     GradStatsArgs args;
     int64_t num_chunks;
 };
@@ -22,7 +23,7 @@ inline GradStatsCall grad_stats_call(const TensorList& grads, const Tensor& segm
     const SegmentTable table = segment_table(segments, chunk_offsets, -1, grads, device);
     const int32_t fp64 = aoti_torch_dtype_float64();
     GradStatsCall call{{},
-                       empty(table.num_chunks, fp64, device),
+                       Scratch(table.num_chunks * sizeof(double), device),
                        empty(table.num_rows, fp64, device),
                        empty(3, fp64, device),
                        {},
@@ -36,7 +37,7 @@ inline GradStatsCall grad_stats_call(const TensorList& grads, const Tensor& segm
     args.chunk_offsets = table.chunk_offsets;
     args.segments = table.rows;
     args.num_segments = table.num_rows;
-    args.partials = static_cast<double*>(call.partials.data_ptr());
+    args.partials = static_cast<double*>(call.partials.memory());
     args.squares = static_cast<double*>(call.squares.data_ptr());
     args.summary = static_cast<double*>(call.summary.data_ptr());
     return call;

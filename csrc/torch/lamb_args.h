@@ -10,7 +10,7 @@ namespace DEEPCORE_HIDDEN binding {
 
 struct LambMomentsCall {  // the kernels' arguments, and what they point into
     UpdateCall call;
-    Tensor partials;
+    Scratch partials;
     LambMomentsArgs args;
 };
 
@@ -23,12 +23,12 @@ inline LambMomentsCall lamb_moments_call(const UpdateLists& lists, const UpdateT
                                          Device device) {
     UpdateCall call = update_call(lists, tables, LambMoments::kColumns, sizeof(LambScalars), device);
     const int64_t rows = call.args.num_segments;
-    Tensor partials = empty(2 * call.num_chunks, aoti_torch_dtype_float64(), device);
+    Scratch partials(2 * call.num_chunks * sizeof(double), device);
     LambMomentsArgs args = {};
     static_cast<UpdateArgs&>(args) = call.args;
-    args.partials = static_cast<double*>(partials.data_ptr());
+    args.partials = static_cast<double*>(partials.memory());
     args.squares = table_of<double>("squares", squares, ScalarType::Double, {rows, 2}, device);
-    return {std::move(call), partials, args};
+    return {std::move(call), std::move(partials), args};
 }
 
 inline LambApplyCall lamb_apply_call(const UpdateLists& lists, const UpdateTables& tables, const Tensor& ratios,

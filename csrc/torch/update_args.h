@@ -38,7 +38,7 @@ struct UpdateTables {
 
 struct UpdateCall {  // the kernels' arguments, and what they point into
     std::vector<UpdateTensor> tensors;
-    Tensor scratch;
+    Scratch scratch;
     UpdateArgs args;
     int64_t num_chunks;
 };
@@ -51,11 +51,24 @@ inline void require_state_dtype(const UpdateLists& lists, const NamedList& state
     require_dtype(state.name, state.list, narrow ? ScalarType::BFloat16 : ScalarType::Float);
 }
 
-inline void require_update_lists(const UpdateLists& lists, Device device) {
+// Whether each segment brings its gradient as a tensor. Where that and one per parameter have the same sizes, they mean
+// the same: then a segment is all of its tensor.
+inline bool has_loose_grads(const UpdateLists& lists, int64_t rows) {
+    if (lists.grads == nullptr || lists.grads->size() != static_cast<size_t>(rows)) return false;
+    if (lists.grads->size() != lists.params.size()) return true;
+    for (size_t i = 0; i < lists.params.size(); ++i) {
+        if ((*lists.grads)[i].numel() != lists.params[i].numel()) return true;
+    }
+    return false;
+}
+
+inline void require_update_lists(const UpdateLists& lists, bool loose, Device device) {
     require_list("params", lists.params, device);
-    if (lists.grads != nullptr) {
-        require_list("grads", *lists.grads, device);
-        require_companion("grads", *lists.grads, "params", lists.params);
+    if (lists.grads != nullptr) require_list("grads", *lists.grads, device);
+    if (lists.grads != nullptr && !loose) require_companion("grads", *lists.grads, "params", lists.params);
+    if (loose && !device.is_cpu()) {
+        fail("grads: got a tensor for each of %zu segments, expected %zu as in params: only a CPU takes them apart",
+             lists.grads->size(), lists.params.size());
     }
     for (const NamedList& state : lists.states) {
         if (state.optional && state.list.empty()) continue;
@@ -69,11 +82,11 @@ inline void require_update_lists(const UpdateLists& lists, Device device) {
     if (lists.copies[0].scalar_type() == ScalarType::Float) fail("copies: got float32, expected bfloat16 or float16");
 }
 
-inline std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
+inline std::vector<UpdateTensor> update_tensors(const UpdateLists& lists, bool loose) {
     std::vector<UpdateTensor> tensors(lists.params.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
         tensors[i] = {lists.params[i].data_ptr(), nullptr, {}, nullptr};
-        if (lists.grads != nullptr) tensors[i].grad = (*lists.grads)[i].data_ptr();
+        if (lists.grads != nullptr && !loose) tensors[i].grad = (*lists.grads)[i].data_ptr();
         if (!lists.copies.empty()) tensors[i].copy = lists.copies[i].data_ptr();
         for (int k = 0; k < lists.num_states(); ++k) tensors[i].states[k] = lists.states[k].list[i].data_ptr();
     }
@@ -109,10 +122,44 @@ inline void require_apart(const UpdateLists& lists, const std::vector<UpdateTens
     }
 }
 
+// The addresses for each segment, whose gradient may lie anywhere but in what the update writes.
+inline std::vector<UpdateTensor> tensors_by_segment(const UpdateLists& lists, const std::vector<UpdateTensor>& tensors,
+                                                    const SegmentTable& table, const UpdateArgs& args) {
+    std::vector<Range> written;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        const int64_t numel = lists.params[i].numel();
+        written.push_back(range_at(tensors[i].param, numel * bytes_of(args.param_dtype)));
+        if (tensors[i].copy != nullptr) written.push_back(range_at(tensors[i].copy, numel * bytes_of(args.copy_dtype)));
+        for (int k = 0; k < lists.num_states(); ++k)
+            written.push_back(range_at(tensors[i].states[k], numel * bytes_of(args.state_dtype)));
+    }
+    std::vector<UpdateTensor> found(table.num_rows);
+    const int64_t size = bytes_of(args.grad_dtype);
+    for (int64_t row = 0; row < table.num_rows; ++row) {
+        const Segment& segment = table.rows[row];
+        const Tensor& grad = (*lists.grads)[row];
+        if (grad.numel() != segment.numel) {
+            fail("grads[%lld]: got %lld elements, expected %lld as in segments[%lld]", (long long)row,
+                 (long long)grad.numel(), (long long)segment.numel, (long long)row);
+        }
+        const Range memory = range_at(grad.data_ptr(), segment.numel * size);
+        for (const Range& range : written) {
+            if (!memory.overlaps(range)) continue;
+            fail("grads[%lld]: got memory that overlaps what the update writes, expected memory of its own",
+                 (long long)row);
+        }
+        found[row] = tensors[segment.tensor];
+        found[row].grad = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(memory.begin) -
+                                                        static_cast<uintptr_t>(segment.begin * size));
+    }
+    return found;
+}
+
 // columns: of a hyperparameter row; scalars_size: bytes of what a segment's scalars take.
 inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tables, int64_t columns,
                               int64_t scalars_size, Device device) {
-    require_update_lists(lists, device);
+    const bool loose = has_loose_grads(lists, tables.segments.dim() == 2 ? tables.segments.size(0) : 0);
+    require_update_lists(lists, loose, device);
     const int64_t num_hyper_rows = tables.hyper.dim() == 2 ? tables.hyper.size(0) : 0;
     const double* hyper =
         table_of<const double>("hyper", tables.hyper, ScalarType::Double, {num_hyper_rows, columns}, device);
@@ -120,16 +167,17 @@ inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tabl
         segment_table(tables.segments, tables.chunk_offsets, num_hyper_rows, lists.params, device);
     const int64_t rows = table.num_rows;
 
-    UpdateCall call{
-        update_tensors(lists), empty(rows * scalars_size, aoti_torch_dtype_uint8(), device), {}, table.num_chunks};
+    UpdateCall call{update_tensors(lists, loose), Scratch(rows * scalars_size, device), {}, table.num_chunks};
     UpdateArgs& args = call.args;
     args.param_dtype = float_dtype("params", lists.params);
     args.grad_dtype = lists.grads == nullptr ? DType::none : float_dtype("grads", *lists.grads);
     args.state_dtype = lists.states.empty() ? DType::f32 : float_dtype(lists.states[0].name, lists.states[0].list);
     args.copy_dtype = lists.copies.empty() ? DType::none : float_dtype("copies", lists.copies);
     require_apart(lists, call.tensors, args);
-    args.tensors = call.tensors.data();
     args.num_tensors = static_cast<int64_t>(call.tensors.size());
+    args.by_segment = loose;
+    if (loose) call.tensors = tensors_by_segment(lists, call.tensors, table, args);
+    args.tensors = call.tensors.data();
     args.chunk_offsets = table.chunk_offsets;
     args.segments = table.rows;
     args.num_segments = rows;
@@ -140,7 +188,7 @@ inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tabl
         args.grad_scale = table_of<const float>("grad_scale", *tables.grad_scale, ScalarType::Float, {1}, device);
     }
     args.skip = table_of<const float>("skip", tables.skip, ScalarType::Float, {1}, device);
-    args.scalars = call.scratch.data_ptr();
+    args.scalars = call.scratch.memory();
     args.num_states = lists.num_states();
     return call;
 }

@@ -100,6 +100,8 @@ class StageAgreement(Agreement):
         self.names = names
 
     def sum_shared(self) -> None:
+        if self._ties:
+            self._arena.settle()
         works = [tie.axis.all_reduce(self._arena.grads[group]) for tie in self._ties for group in tie.groups]
         for work in works:
             work.wait()

@@ -93,12 +93,12 @@ class FusedLamb(SegmentOptimizer):
 
     def update_batches(self, arena: UpdateArena, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         hyper = self.hyper(arena.home)
-        parts = [self._moments(batch, hyper, grad_scale, skip) for batch in arena.visit(weights=False)]
+        parts = [self._moments(batch, hyper, grad_scale, skip) for batch in arena.visit(weights=False, loose=True)]
         totals = torch.zeros(len(arena.names), 2, dtype=torch.float64, device=arena.home)
         for squares, params_of in zip(parts, arena.params_of, strict=True):
             totals.index_add_(0, params_of, squares)
         self._agree(totals)
-        for batch, params_of in zip(arena.visit(states=False), arena.params_of, strict=True):
+        for batch, params_of in zip(arena.visit(states=False, loose=True), arena.params_of, strict=True):
             self._apply(batch, hyper, totals[params_of], skip)
 
     def _moments(

@@ -277,7 +277,7 @@ class SegmentOptimizer(Optimizer, ABC):
 
     def update_batches(self, arena: UpdateArena, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         """Launch over every batch; optimizers whose update spans batches or ranks do it their own way."""
-        for batch in arena.visit():
+        for batch in arena.visit(loose=True):
             self.launch(batch, self.hyper(batch.steps.device), grad_scale, skip)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -6,11 +6,13 @@ Knows nothing of collectives or formulas; optimizers see it as batches of segmen
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from deepcore.sharding.file_store import FileColumn
 from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.loose import LooseGradients
 from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable, fresh_counts
 from deepcore.sharding.update_arena import Form, UpdateArena
@@ -30,6 +32,8 @@ class ShardArena(UpdateArena):
         batches: one per combination of dtypes; together they cover every element of the shards once.
         counted: bool (P,), the parameters whose gradients this rank adds to the global norm; None: all. One that
             ranks with other parameters hold too is counted by one of them.
+        loose: gradients that are not in ``grads`` but where autograd made them; ``settle`` brings them there.
+        takes_loose: whether any may be. On a GPU none: a captured graph keeps the addresses that it has seen.
         passed: fp64 (S,) per group, where the gradients came last: the sum of squares of each segment of the shard,
             taken in the pass that wrote it. It stands while nobody else writes there.
     """
@@ -61,7 +65,10 @@ class ShardArena(UpdateArena):
         self.batches: list[SegmentBatch] = []
         self.params_of: list[torch.Tensor] = []
         self.passed: dict[int, torch.Tensor] = {}
+        self.loose = LooseGradients(self.groups, self.grads)
+        self.takes_loose = type(self) is ShardArena and self.is_whole and self.device.type == "cpu"
         self._tables: dict[tuple[int, ...], tuple[SegmentTable, torch.Tensor]] = {}
+        self._kinds = self._members_by_kind()
         self._make_batches()
 
     def _hold(self, group: FlatGroup, weights: torch.Tensor, master: torch.Tensor | FileColumn | None) -> None:
@@ -72,7 +79,7 @@ class ShardArena(UpdateArena):
         self.grads.append(lazy_zeros(weights.numel(), group.dtypes.accumulate, weights.device))
 
     def _make_batches(self) -> None:
-        for members in self._members_by_kind():
+        for members in self._kinds:
             table, params_of = self.table_of(members)
             self._add_batch(
                 SegmentBatch(
@@ -182,7 +189,27 @@ class ShardArena(UpdateArena):
             divisor: of the sum of ``parts``.
             last: nothing more is expected before the step, so squares are taken in passing.
         """
+        self.loose.pack(number)
         self._sum(number, self.grads[number], parts, keep=keep, divisor=divisor, last=last)
+
+    def leave(self, number: int, dtype: torch.dtype, *, last: bool) -> list[bool] | None:
+        """Let a group's gradients in ``p.grad`` be the sum, which nothing is in yet: nobody else has or writes any.
+
+        Args:
+            number: of the group.
+            dtype: that they must have.
+            last: nothing more is expected before the step, so squares are taken while they are in the caches.
+
+        Returns:
+            Which parameters have one; None where they cannot stay, and nothing is done.
+        """
+        live = self.loose.take(number, dtype)
+        mine = None if live is None else self.loose.of([number])
+        self.rewritten(number)
+        if last and mine:
+            table = self.loose.table([number])
+            self.passed[number] = torch.ops.deepcore.grad_stats(mine, table.rows, table.chunk_offsets)[0]
+        return live
 
     def _sum(
         self, number: int, shard: torch.Tensor, parts: torch.Tensor, *, keep: bool, divisor: float, last: bool
@@ -202,7 +229,7 @@ class ShardArena(UpdateArena):
 
     def squares(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Of all gradients, on the device: (parameter of each segment, its sum of squares, the sum of those)."""
-        for members in self._members_by_kind():
+        for members in self._kinds:
             table, params_of = self.table_of(members)
             if not len(table):
                 continue
@@ -210,7 +237,11 @@ class ShardArena(UpdateArena):
                 squares = torch.cat([self.passed[number] for number in members])
                 yield params_of, squares, squares.cumsum(0)[-1]  # one by one, as the kernel does on a CPU
                 continue
-            grads = [self.grads[number] for number in members]
+            grads = self.loose.of(members)
+            if grads is None:
+                grads = [self.grads[number] for number in members]
+            else:
+                table = self.loose.table(members)
             squares, summary = torch.ops.deepcore.grad_stats(grads, table.rows, table.chunk_offsets)
             yield params_of, squares, summary[0]
 
@@ -222,6 +253,16 @@ class ShardArena(UpdateArena):
     def send(self) -> None:
         """Copies of weights were written outside of ``visit``: bring them to the device."""
 
+    def settle(self) -> None:
+        self.loose.pack()
+
+    def visit(self, *, states: bool = True, weights: bool = True, loose: bool = False) -> Iterator[SegmentBatch]:
+        if not loose:
+            self.settle()
+        for members, batch in zip(self._kinds, self.batches, strict=True):
+            grads = self.loose.of(members)
+            yield batch if grads is None else replace(batch, grads=grads)
+
     def activate(self) -> None:
         """Make each batch's ``active`` follow ``usage``, on the device, without a look at either."""
         for batch, params_of in zip(self.batches, self.params_of, strict=True):
@@ -229,6 +270,7 @@ class ShardArena(UpdateArena):
 
     def release(self) -> None:
         super().release()
+        self.loose.clear()
         for tensors in (self.masters, self.grads, self.copies):
             tensors.clear()
 

@@ -129,7 +129,7 @@ class FiledArena(TiledArena):
 
     # --- tiles in memory ------------------------------------------------------------------------------------------
 
-    def visit(self, *, states: bool = True, weights: bool = True) -> Iterator[SegmentBatch]:
+    def visit(self, *, states: bool = True, weights: bool = True, loose: bool = False) -> Iterator[SegmentBatch]:
         self._require_whole()
         count, size = len(self.tiles), self._homes.num_buffers
         ahead = max(1, size - 2)  # so that a write has a tile's time to finish before its memory is read into

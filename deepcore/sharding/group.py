@@ -44,6 +44,7 @@ class FlatGroup:
         params: the parameters, in the layout's order; after ``adopt`` views of ``full``.
         names: their names in the module.
         label: what errors call the group.
+        has_elements: whether every parameter has some.
         full: the flat buffer, 1-D, ``layout.numel`` elements, padding zero. It begins in the dtype that the
             parameters came in; ``cast`` brings it to ``key.dtype``.
     """
@@ -60,6 +61,7 @@ class FlatGroup:
         self.strides = [scattered.stride_of(param) for param in self.params]
         shapes = ((name, scattered.shape_of(param)) for name, param in plan.params)
         self.layout = ShardLayout.pack(shapes, num_shards)
+        self.has_elements = all(slot.numel for slot in self.layout.slots)
         self.starts = torch.tensor([slot.start for slot in self.layout.slots], dtype=torch.int64)
         self.full = self._allocate(self.params[0].dtype)
 

@@ -167,7 +167,7 @@ class TiledArena(ShardArena):
         self._activate_at_home()
         return [both[index : index + 1] for index in range(len(scalars))]
 
-    def visit(self, *, states: bool = True, weights: bool = True) -> Iterator[SegmentBatch]:
+    def visit(self, *, states: bool = True, weights: bool = True, loose: bool = False) -> Iterator[SegmentBatch]:
         for tile, batch in zip(self.tiles, self.batches, strict=True):
             self._shards.arrive(tile.group)
             yield batch

@@ -66,12 +66,13 @@ class UpdateArena:
         """What the device decided of this step, fp32 (1,) each, on ``home``. Waits where that is another device."""
         return scalars
 
-    def visit(self, *, states: bool = True, weights: bool = True) -> Iterator[SegmentBatch]:
+    def visit(self, *, states: bool = True, weights: bool = True, loose: bool = False) -> Iterator[SegmentBatch]:
         """Every batch in turn, its content at hand until the next one is asked for.
 
         Args:
             states: state is written, and kept.
             weights: so are masters and copies.
+            loose: ``grads`` may be a tensor for each segment, as the optimizer ops take them.
         """
         yield from self.batches
 

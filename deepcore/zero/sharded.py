@@ -103,10 +103,20 @@ class ShardedGradients(ZeroStrategy):
     def _launch(self, number: int) -> None:
         group = self.groups[number]
         dtype = group.dtypes.reduce or (group.dtypes.accumulate if self._held else group.key.dtype)
+        if self._stay(number, dtype):
+            return
         buffers = self._reducer.buffers
         wire = buffers.take(group.layout.numel, dtype, group.key.device)
         self._window.note_use(number, pack_group(group, wire))
         self._window.launch(self._reducer, number, wire, lambda: buffers.give(wire))
+
+    def _stay(self, number: int, dtype: torch.dtype) -> bool:
+        """Whether the gradients of a group are its shard already, and only leave ``p.grad``: there is one rank."""
+        if self._axis.size > 1 or not self.arena.takes_loose or not self._window.leave(number, dtype):
+            return False
+        for param in self.groups[number].params:
+            param.grad = None
+        return True
 
     def _complete(self) -> None:
         self._reducer.drain()

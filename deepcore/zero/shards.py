@@ -62,6 +62,17 @@ class ShardWindow:
         reducer.launch_shard(wire, deliver, what=self._arena.groups[number].label, done=done)
         self._holds[number] = True
 
+    def leave(self, number: int, dtype: torch.dtype) -> bool:
+        """Let gradients of ``dtype`` be the shard of group ``number`` where they are; False if they cannot."""
+        if self._holds[number] or self._divisor != 1:
+            return False  # and nothing of the shard was touched
+        live = self._arena.leave(number, dtype, last=self.is_last)
+        if live is None:
+            return False
+        self._holds[number] = True
+        self.note_use(number, live)
+        return True
+
     def gradient(self, number: int, index: int, local: torch.Tensor | None) -> WindowGradient:
         """What the window knows of one parameter's gradient, ``local`` being what is unreduced here."""
         used = local is not None or self._used[number][index]
@@ -79,6 +90,7 @@ class ShardWindow:
         self._holds = [False] * len(self._holds)
         self._used = [[False] * len(flags) for flags in self._used]
         self._arena.passed.clear()
+        self._arena.loose.clear()
         self.reduced()
 
 

@@ -25,7 +25,8 @@ class Stage0(ZeroStrategy):
     """Plain data parallelism over flat groups.
 
     After the boundary's backward, ``p.grad`` is the gradient summed over ranks, or None where no rank had one.
-    A further backward in the same window (a second loss) is reduced by itself and added.
+    A further backward in the same window (a second loss) is reduced by itself and added. One rank alone sums nothing:
+    gradients of a single pass stay where autograd made them.
 
     On CPUs, and everywhere if ``deterministic``, sums are made in rank order; NCCL's own all-reduce is used elsewhere.
     """
@@ -44,6 +45,7 @@ class Stage0(ZeroStrategy):
         self._reduced = False
         self._unreduced = False
         self._reducing = False
+        self._only_pass = False  # the pass under way, or to be reduced, is all that is unreduced; alike on all ranks
         self._divisor = 1.0
 
     def attach(self) -> None:
@@ -58,9 +60,11 @@ class Stage0(ZeroStrategy):
 
     def begin_backward(self, *, boundary: bool, hold: bool) -> None:
         if self._reduced and not self._extras:
+            self.arena.settle()
             self._extras = [GroupGradients(total.group, torch.zeros_like(total.flat)) for total in self._sums]
             for total in self._sums:
                 total.hide()
+        self._only_pass = not self._unreduced
         self._reducing = (boundary or self._every_backward) and not hold
         self._hooks.begin(self._reducing)
 
@@ -81,22 +85,33 @@ class Stage0(ZeroStrategy):
 
     def make_boundary(self) -> None:
         if self._unreduced:
+            self._only_pass = False  # it is folded already
             for number in reversed(range(len(self.groups))):
                 self._group_ready(number)
             self._complete()
 
     def _group_ready(self, number: int) -> None:
         gradients = self._current[number]
-        narrow = not self._unreduced  # alike on all ranks
+        if self._only_pass and not self._extras and self._stay(number, gradients):
+            return
         gradients.fold()
         gradients.zero_dead()
         dtypes, flat = gradients.group.dtypes, gradients.flat
         if self._in_order:
             # The sum of one pass is what autograd made: narrower than fp32, and nothing is lost on the way.
-            dtype = dtypes.reduce or (gradients.group.key.dtype if narrow else flat.dtype)
+            dtype = dtypes.reduce or (gradients.group.key.dtype if self._only_pass else flat.dtype)
             self._reducer.launch_all_in_order(flat, self._as_wire(flat, dtype), self._divisor, gradients.group.label)
         else:
             self._reducer.launch_all(flat, dtypes.reduce or flat.dtype, self._divisor, gradients.group.label)
+
+    def _stay(self, number: int, gradients: GroupGradients) -> bool:
+        """Whether the gradients of a group are their own sum, and are left in ``p.grad`` as they are."""
+        dtype = gradients.group.key.dtype
+        if self._axis.size > 1 or self._divisor != 1 or dtype != gradients.flat.dtype or not self.arena.takes_loose:
+            return False
+        live = self.arena.loose.take(number, dtype, gradients.show)
+        gradients.live = live or gradients.live
+        return live is not None
 
     def _as_wire(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if dtype == flat.dtype or self._axis.size == 1:
@@ -125,8 +140,9 @@ class Stage0(ZeroStrategy):
             used = iter(self.arena.usage.tolist())
             for total in self._sums:
                 total.live = [bool(next(used)) for _ in total.live]
-        for total in self._sums:
-            total.show()
+        for number, total in enumerate(self._sums):
+            if number not in self.arena.loose:
+                total.show()
 
     def abandon(self) -> bool:
         untouched = not self._reducer.in_flight
@@ -145,6 +161,7 @@ class Stage0(ZeroStrategy):
     def clear(self) -> None:
         self._extras = []
         self._reduced = self._unreduced = self._reducing = False
+        self.arena.loose.clear()
         for total in self._sums:
             total.clear()
 
@@ -162,6 +179,7 @@ class Stage0(ZeroStrategy):
 
     def mark_used(self, number: int, index: int) -> None:
         total = self._sums[number]
+        self.arena.settle()
         total.live[index] = True
         total.show()
         self.arena.usage[self.arena.names.index(total.group.names[index])] = 1

@@ -43,6 +43,33 @@ def test_same_bits_as_amsgrad_and_with_narrow_moments(isa: str, moments: torch.d
         compare(case(sizes, dtypes, rows=rows, offsets=offsets, moments=moments, hyper=hyper), calls=3)
 
 
+def test_gradients_may_lie_apart_from_their_tensors(isa: str) -> None:
+    rows = table([(0, 5, 3, 0), (0, 10, 40, 1), (1, 0, 1, 2), (1, 1, 17_000, 0), (2, 7, 5, 1)], 3)
+    together = case((60, 17_010, 12), (torch.bfloat16, torch.bfloat16, torch.float16), rows=rows)
+    apart = together.twin()
+    apart.grads = [
+        together.grads[tensor][begin : begin + numel].clone() for tensor, begin, numel, *_ in together.segments.tolist()
+    ]
+    compare(apart.twin(), calls=2)
+    for each in (together, apart):
+        torch.ops.deepcore.adam_(*each.arguments())
+    assert all(map(same_bits, apart.changed(), together.changed()))
+
+
+def test_wrong_gradients_apart_are_named(best: str) -> None:
+    one = case((100, 50), rows=table([(0, 0, 30, 0), (0, 30, 70, 0), (1, 0, 50, 0)], 2))
+    for wrong, message in (
+        (
+            [torch.zeros(30), torch.zeros(71), torch.zeros(50)],
+            r"grads\[1\]: got 71 elements, expected 70 as in segments",
+        ),
+        ([torch.zeros(30), torch.zeros(70), one.params[0][40:90]], r"grads\[2\]: got memory that overlaps"),
+    ):
+        one.grads = wrong
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.deepcore.adam_(*one.arguments())
+
+
 def test_amsgrad_remembers_the_largest_moment(best: str) -> None:
     one = case((100,), hyper=(AMSGRAD,))
     one.max_exp_avg_sqs[0].fill_(9.0)

@@ -96,6 +96,21 @@ class UpdateContract:
             if len(got) == 20:
                 assert set((got != before[name]).nonzero().flatten().tolist()) <= {5, 6, 7, 10, 11, 12, 13}
 
+    def test_gradients_may_lie_apart_from_their_tensors(self, isa: str) -> None:
+        rows = table([(0, 5, 3, 0), (0, 10, 40, 1), (1, 0, 1, 2), (1, 1, 17_000, 0), (2, 7, 5, 1)], 3)
+        together = self.call((60, 17_010, 12), (torch.bfloat16, torch.bfloat16, torch.float16), rows=rows)
+        if "grads" not in together.arguments:
+            pytest.skip("this op reads no gradients")
+        apart = together.twin()
+        apart.arguments["grads"] = [
+            together.arguments["grads"][tensor][begin : begin + numel].clone()
+            for tensor, begin, numel, *_ in together.arguments["segments"].tolist()
+        ]
+        compare(apart.twin(), calls=2)
+        for each in (together, apart):
+            each.native()
+        assert all(same(got, together.changed()[name]) for name, got in apart.changed().items())
+
     def test_threads_do_not_change_a_bit(self, best: str, threads: None) -> None:
         one = self.call((1_000_003, 31, 40_000))
         two = one.twin()
@@ -136,6 +151,24 @@ class UpdateContract:
                 one.native()
             now = {place: got for place, got in one.changed().items() if not place.startswith(name)}
             assert all(torch.equal(got, before[place]) for place, got in now.items())
+
+    def test_wrong_gradients_apart_are_named(self, best: str) -> None:
+        rows = table([(0, 0, 30, 0), (0, 30, 70, 0), (1, 0, 50, 0)], 2)
+        one = self.call((100, 50), rows=rows)
+        if "grads" not in one.arguments:
+            pytest.skip("this op reads no gradients")
+        grads = [torch.zeros(30), torch.zeros(70), torch.zeros(50)]
+        overlapping = [*grads[:2], one.arguments["params"][0][:50]]
+        for wrong, message in (
+            ([grads[0], torch.zeros(71), grads[2]], r"grads\[1\]: got 71 elements, expected 70 as in segments\[1\]"),
+            ([*grads, grads[0]], r"grads: got 4 tensors, expected 2 as in params"),
+            (overlapping, r"grads\[2\]: got memory that overlaps"),
+        ):
+            one.arguments["grads"] = wrong
+            before = one.twin().changed()
+            with pytest.raises(RuntimeError, match=message):
+                one.native()
+            assert all(torch.equal(got, before[name]) for name, got in one.changed().items())
 
     def test_shared_memory_is_named(self, best: str) -> None:
         one = self.call((100,))

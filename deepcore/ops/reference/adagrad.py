@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from deepcore.ops.reference.segments import due
+from deepcore.ops.reference.segments import due, gradients
 from deepcore.ops.reference.segments import flat as memory_of
 
 HYPER_COLUMNS = 4  # fp64 columns of a hyperparameter row:
@@ -41,16 +41,17 @@ def adagrad_(
 
     Args:
         params: T dense tensors of one dtype (fp32, bf16, fp16), updated in place.
-        grads: T dense tensors of one dtype (fp32, bf16, fp16).
+        grads: T dense tensors of one dtype (fp32, bf16, fp16), or one for each segment.
         sums: T dense fp32 tensors, s above, updated in place.
         hyper: fp64 (H, 4) on the device, a row per hyperparameter set.
         copies, segments, chunk_offsets, steps, active, grad_scale, skip: see ``adam_``.
     """
     table, scale = hyper.tolist(), grad_scale.reshape(())
-    for _, tensor, part, row, t in due(segments, steps, active, skip):
+    gradient = gradients(grads, params, segments)
+    for index, tensor, part, row, t in due(segments, steps, active, skip):
         lr, lr_decay, eps, decay = table[row][:HYPER_COLUMNS]
         stored, s = memory_of(params[tensor])[part], memory_of(sums[tensor])[part]
-        p, g = stored.float(), memory_of(grads[tensor])[part].float() * scale
+        p, g = stored.float(), gradient(index, tensor, part).float() * scale
         if decay:
             g = g + p * decay
         s.add_(g * g)

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from deepcore.ops.reference.segments import due
+from deepcore.ops.reference.segments import due, gradients
 from deepcore.ops.reference.segments import flat as memory_of
 
 HYPER_COLUMNS = 8  # fp64 columns of a hyperparameter row:
@@ -49,7 +49,8 @@ def adam_(
 
     Args:
         params: T dense tensors of one dtype (fp32, bf16, fp16), updated in place.
-        grads: T dense tensors of one dtype (fp32, bf16, fp16).
+        grads: T dense tensors of one dtype (fp32, bf16, fp16); on a CPU also S, one for each segment, with the
+            segment's elements alone: gradients where autograd made them.
         exp_avgs, exp_avg_sqs: T dense tensors, all fp32 or all bf16, updated in place.
         max_exp_avg_sqs: as many of the same dtype, s above; may be empty where no row has AMSGRAD.
         copies: empty, or T dense tensors of one dtype (bf16, fp16) that receive the new parameters.
@@ -62,14 +63,15 @@ def adam_(
         skip: fp32 (1,) on the device; anything but 0 leaves everything alone, steps included.
     """
     table, scale = hyper.tolist(), grad_scale.reshape(())
-    for _, tensor, part, row, t in due(segments, steps, active, skip):
+    gradient = gradients(grads, params, segments)
+    for index, tensor, part, row, t in due(segments, steps, active, skip):
         lr, beta1, beta2, eps, decay, decoupled, correct, amsgrad = table[row]
         unbias1 = 1 - math.pow(beta1, t) if correct else 1.0
         unbias2 = 1 / math.sqrt(1 - math.pow(beta2, t)) if correct else 1.0
 
         stored, kept_m, kept_v = (memory_of(each[tensor])[part] for each in (params, exp_avgs, exp_avg_sqs))
         p, m, v = stored.float(), kept_m.float(), kept_v.float()
-        g = memory_of(grads[tensor])[part].float() * scale
+        g = gradient(index, tensor, part).float() * scale
         if decay and not decoupled:
             g = g + p * decay
         m = m * beta1 + g * (1 - beta1)

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from deepcore.ops.reference.segments import due
+from deepcore.ops.reference.segments import due, gradients
 from deepcore.ops.reference.segments import flat as memory_of
 
 HYPER_COLUMNS = 8  # fp64 columns of a hyperparameter row (the last two bound the ratio, which is the caller's):
@@ -44,7 +44,7 @@ def lamb_moments_(
 
     Args:
         params: T dense tensors of one dtype (fp32, bf16, fp16), read only.
-        grads: T dense tensors of one dtype (fp32, bf16, fp16).
+        grads: T dense tensors of one dtype (fp32, bf16, fp16), or one for each segment.
         exp_avgs, exp_avg_sqs: T dense fp32 tensors, updated in place.
         hyper: fp64 (H, 8) on the device, a row per hyperparameter set.
         squares: fp64 (S, 2) on the device; receives the sums of p^2 and u^2 over each segment, accumulated in fp64;
@@ -53,9 +53,10 @@ def lamb_moments_(
     """
     squares.zero_()
     table, scale = hyper.tolist(), grad_scale.reshape(())
+    gradient = gradients(grads, params, segments)
     for index, tensor, part, row, t in due(segments, steps, active, skip):
         beta1, beta2 = table[row][BETA1], table[row][BETA2]
-        p, g = memory_of(params[tensor])[part].float(), memory_of(grads[tensor])[part].float() * scale
+        p, g = memory_of(params[tensor])[part].float(), gradient(index, tensor, part).float() * scale
         m, v = memory_of(exp_avgs[tensor])[part], memory_of(exp_avg_sqs[tensor])[part]
         m.mul_(beta1).add_(g * (1 - beta1))
         v.mul_(beta2).add_(g * (1 - beta2) * g)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from deepcore.ops.reference.segments import due
+from deepcore.ops.reference.segments import due, gradients
 from deepcore.ops.reference.segments import flat as memory_of
 
 HYPER_COLUMNS = 4  # fp64 columns of a hyperparameter row:
@@ -42,16 +42,17 @@ def lion_(
 
     Args:
         params: T dense tensors of one dtype (fp32, bf16, fp16), updated in place.
-        grads: T dense tensors of one dtype (fp32, bf16, fp16).
+        grads: T dense tensors of one dtype (fp32, bf16, fp16), or one for each segment.
         exp_avgs: T dense fp32 tensors, updated in place.
         hyper: fp64 (H, 4) on the device, a row per hyperparameter set.
         copies, segments, chunk_offsets, steps, active, grad_scale, skip: see ``adam_``.
     """
     table, scale = hyper.tolist(), grad_scale.reshape(())
-    for _, tensor, part, row, _ in due(segments, steps, active, skip):
+    gradient = gradients(grads, params, segments)
+    for index, tensor, part, row, _ in due(segments, steps, active, skip):
         lr, beta1, beta2, decay = table[row][:HYPER_COLUMNS]
         stored, m = memory_of(params[tensor])[part], memory_of(exp_avgs[tensor])[part]
-        p, g = stored.float(), memory_of(grads[tensor])[part].float() * scale
+        p, g = stored.float(), gradient(index, tensor, part).float() * scale
         c = m * beta1 + g * (1 - beta1)
         if decay:
             p = p * (1 - lr * decay)

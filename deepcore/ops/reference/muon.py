@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from deepcore.ops.reference.segments import due
+from deepcore.ops.reference.segments import due, gradients
 from deepcore.ops.reference.segments import flat as memory_of
 
 HYPER_COLUMNS = 8  # fp64 columns of a hyperparameter row, as many as Adam has, which shares the table:
@@ -38,15 +38,16 @@ def muon_momentum_(
 
     Args:
         params: T dense tensors of one dtype (fp32, bf16, fp16) that receive u; what they hold does not matter.
-        grads: T dense tensors of one dtype (fp32, bf16, fp16).
+        grads: T dense tensors of one dtype (fp32, bf16, fp16), or one for each segment.
         momentum_buffers: T dense fp32 tensors, updated in place.
         hyper: fp64 (H, 8) on the device, a row per hyperparameter set.
         segments, chunk_offsets, steps, active, grad_scale, skip: see ``adam_``.
     """
     table, scale = hyper.tolist(), grad_scale.reshape(())
-    for _, tensor, part, row, _ in due(segments, steps, active, skip):
+    gradient = gradients(grads, params, segments)
+    for index, tensor, part, row, _ in due(segments, steps, active, skip):
         rest, m = 1 - table[row][MOMENTUM], memory_of(momentum_buffers[tensor])[part]
-        g = memory_of(grads[tensor])[part].float() * scale
+        g = gradient(index, tensor, part).float() * scale
         m.add_((g - m) * rest)
         memory_of(params[tensor])[part].copy_(m + (g - m) * rest if table[row][NESTEROV] else m)
 
@@ -78,10 +79,11 @@ def muon_apply_(
         copies, segments, chunk_offsets, hyper, active, skip: see ``adam_`` and ``muon_momentum_``.
     """
     table, factors = hyper.tolist(), ratios.tolist()
+    gradient = gradients(grads, params, segments)
     for index, tensor, part, row, _ in due(segments, steps, active, skip, count=False):
         lr, decay = table[row][LR], table[row][WEIGHT_DECAY]
         stored = memory_of(params[tensor])[part]
-        p = stored.float() * (1 - lr * decay) - memory_of(grads[tensor])[part].float() * (lr * factors[index])
+        p = stored.float() * (1 - lr * decay) - gradient(index, tensor, part).float() * (lr * factors[index])
         stored.copy_(p)
         if copies:
             memory_of(copies[tensor])[part].copy_(p)

@@ -5,7 +5,7 @@ Knows nothing of who built the table. See ``docs/architecture.md``, "Segments".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -23,6 +23,22 @@ def rows(segments: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a dense, non-overlapping tensor as one 1-D tensor, in memory order."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def gradients(
+    grads: Sequence[torch.Tensor], params: Sequence[torch.Tensor], segments: torch.Tensor
+) -> Callable[[int, int, slice], torch.Tensor]:
+    """How to read ``grads``: (segment, its tensor, its elements) to that part of the gradient, in its own dtype.
+
+    They are co-indexed with ``params``, or one for each segment, with its elements in memory order. Where both have
+    the same sizes they mean the same.
+    """
+    loose = len(grads) == len(segments) and [g.numel() for g in grads] != [p.numel() for p in params]
+
+    def read(segment: int, tensor: int, part: slice) -> torch.Tensor:
+        return flat(grads[segment]) if loose else flat(grads[tensor])[part]
+
+    return read
 
 
 def due(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from deepcore.ops.reference.segments import due
+from deepcore.ops.reference.segments import due, gradients
 from deepcore.ops.reference.segments import flat as memory_of
 
 HYPER_COLUMNS = 5  # fp64 columns of a hyperparameter row:
@@ -43,16 +43,17 @@ def sgd_(
 
     Args:
         params: T dense tensors of one dtype (fp32, bf16, fp16), updated in place.
-        grads: T dense tensors of one dtype (fp32, bf16, fp16).
+        grads: T dense tensors of one dtype (fp32, bf16, fp16), or one for each segment.
         momentum_buffers: T dense fp32 tensors, b above, updated in place; empty only if momentum is 0 in every row.
         hyper: fp64 (H, 5) on the device, a row per hyperparameter set.
         copies, segments, chunk_offsets, steps, active, grad_scale, skip: see ``adam_``.
     """
     table, scale = hyper.tolist(), grad_scale.reshape(())
-    for _, tensor, part, row, t in due(segments, steps, active, skip):
+    gradient = gradients(grads, params, segments)
+    for index, tensor, part, row, t in due(segments, steps, active, skip):
         lr, momentum, dampening, nesterov, decay = table[row][:HYPER_COLUMNS]
         stored = memory_of(params[tensor])[part]
-        p, g = stored.float(), memory_of(grads[tensor])[part].float() * scale
+        p, g = stored.float(), gradient(index, tensor, part).float() * scale
         if decay:
             g = g + p * decay
         if momentum:
