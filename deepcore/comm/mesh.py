@@ -123,7 +123,7 @@ class Mesh:
         transport = collectives.make_transport(world)
 
         def axis(name: str, dims: tuple[str, ...]) -> Axis:
-            mine = next(line for line in _lines(sizes, dims) if world.rank in line)
+            mine = _line(sizes, dims, world.rank)
             return Axis(name, mine.index(world.rank), len(mine), mine, None, transport, device=world.device)
 
         pp_axis, dp_axis, sp_axis, tp_axis = (axis(dim, (dim,)) for dim in _DIMS)
@@ -233,12 +233,15 @@ def _sizes(world_size: int, pp: int, sp: int, tp: int) -> dict[str, int]:
 
 def _lines(sizes: dict[str, int], dims: tuple[str, ...]) -> list[tuple[int, ...]]:
     """All lines of ranks along ``dims``: ranks that differ in those coordinates only, in rank order."""
-    strides, stride = {}, 1
+    others = tuple(dim for dim in _DIMS if dim not in dims)
+    return [_line(sizes, dims, first) for first in _line(sizes, others, 0)]
+
+
+def _line(sizes: dict[str, int], dims: tuple[str, ...], rank: int) -> tuple[int, ...]:
+    """The one of them that ``rank`` is on."""
+    line, stride = [rank], 1
     for dim in reversed(_DIMS):
-        strides[dim] = stride
+        if dim in dims:
+            line = [first + (at - rank // stride % sizes[dim]) * stride for at in range(sizes[dim]) for first in line]
         stride *= sizes[dim]
-    lines: dict[int, list[int]] = {}
-    for rank in range(stride):
-        origin = rank - sum((rank // strides[dim] % sizes[dim]) * strides[dim] for dim in dims)
-        lines.setdefault(origin, []).append(rank)
-    return [tuple(line) for _, line in sorted(lines.items())]
+    return tuple(line)

@@ -36,6 +36,7 @@ from deepcore.parallel.tensor.apply import TensorShards
 from deepcore.precision.casts import ForwardCasts
 from deepcore.precision.policy import PrecisionPolicy
 from deepcore.precision.scaler import LossScaler
+from deepcore.sharding.tree import ModelTree
 from deepcore.sharding.update_arena import UpdateArena
 from deepcore.zero.holdings import Holdings, add_external
 from deepcore.zero.hooks import keep_in_fp32
@@ -102,7 +103,8 @@ def build_parts(
     shared = shared or SharedModules()
     policy = policy_from(settings)
     casts = ForwardCasts(policy.inputs, policy.autocast, world.device.type)
-    names: dict[torch.Tensor, str] = {param: name for name, param in model.named_parameters()}
+    tree = ModelTree(model)
+    names: dict[torch.Tensor, str] = {param: name for name, param in tree.named}
     wanted = collect_groups(names, model_parameters)
     optimizer, base = make_optimizer(
         client, settings.optimizer, wanted, names, low_states=settings.bf16.bf16_optimizer_states
@@ -113,23 +115,23 @@ def build_parts(
     require_stage(model, settings.zero_optimization.stage)
     require_same_model(model, axis)
     bind(model, mesh.sp)
-    _note_reads(model)
-    grouping = Grouper(model, policy, axis, settings).group(chosen, shared.apart)
+    _note_reads(tree.modules)
+    grouping = Grouper(tree, policy, axis, settings).group(chosen, shared.apart)
     if world.rank == 0:
         note_room_for_frozen(grouping.held)
-    _agree_on_values(model, grouping, axis, shared, policy)
+    _agree_on_values(tree, grouping, axis, shared, policy)
     clock = Clock(
         micro_batch=settings.train_micro_batch_size_per_gpu,
         accumulation=settings.gradient_accumulation_steps,
         world=mesh.dp.size,
     )
-    strategy = _make_strategy(model, grouping, axis, settings)
+    strategy = _make_strategy(tree, grouping, axis, settings)
     groups = [*strategy.arena.groups, *grouping.frozen]
     cut: dict[str, Any] = {} if shards is None else {"cuts": shards.cuts, "cut_axis": shards.axis}
     if optimizer is None:
         return Parts(strategy, None, clock, casts, None, Holdings(strategy, axis, groups, None, **cut), shards)
     step = StepSettings(settings.gradient_clipping, _num_replicas(mesh, settings), _checks_finite(settings))
-    scaler, thaws = LossScaler(scaler_from(settings), world.device), LateThaws(model, grouping.held)
+    scaler, thaws = LossScaler(scaler_from(settings), world.device), LateThaws(tree.named, grouping.held)
     core = TrainCore(strategy, optimizer, scaler, clock, step, thaws, TokenCount(axis))
     core.on_death = mesh.note_dead
     if shards is not None:
@@ -139,15 +141,15 @@ def build_parts(
 
 
 def _agree_on_values(
-    model: torch.nn.Module, grouping: Grouping, axis: Axis, shared: SharedModules, policy: PrecisionPolicy
+    tree: ModelTree, grouping: Grouping, axis: Axis, shared: SharedModules, policy: PrecisionPolicy
 ) -> None:
     """One truth on all ranks that hold the same, in the dtypes in which the model computes."""
-    restore_rest(model)
-    share_weights(model, grouping.everything, axis)
+    restore_rest(tree)
+    share_weights(tree, grouping.everything, axis)
     shared.equalise(grouping.everything)
-    cast_rest(model, grouping.everything, policy)
+    cast_rest(tree, grouping.everything, policy)
     if policy.param is not None:
-        keep_in_fp32(policy.fp32_islands(model), policy.param)
+        keep_in_fp32(policy.fp32_islands(tree.root), policy.param)
 
 
 def _agree_on_parts(core: TrainCore, shards: TensorShards) -> None:
@@ -163,9 +165,9 @@ def _mesh(world: World, settings: Settings) -> Mesh:
     return Mesh.build(world, sp=settings.sequence_parallel_size, tp=tp, separate_reductions=separate)
 
 
-def _note_reads(model: torch.nn.Module) -> None:
+def _note_reads(modules: Iterable[torch.nn.Module]) -> None:
     """A tiled computation names its parameters when it is called, before the modules inside are."""
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, Tiled):
             for param in module.parameters():
                 add_external(module, param)
@@ -206,7 +208,7 @@ def _chosen(names: Mapping[torch.Tensor, str], optimizer: EngineOptimizer | None
     return {param for group in optimizer.param_groups for param in group["params"]}
 
 
-def _make_strategy(model: torch.nn.Module, grouping: Grouping, axis: Axis, settings: Settings) -> ZeroStrategy:
+def _make_strategy(tree: ModelTree, grouping: Grouping, axis: Axis, settings: Settings) -> ZeroStrategy:
     zero, make_arena = settings.zero_optimization, arena_maker(grouping.homes)
     overlap = zero.overlap_comm is not False
     if zero.stage < 3:
@@ -214,7 +216,7 @@ def _make_strategy(model: torch.nn.Module, grouping: Grouping, axis: Axis, setti
         deterministic = settings.deterministic
         return REPLICATED[zero.stage](grouping.held, axis, overlap=overlap, deterministic=deterministic, **where)
     kept = TrafficSettings(zero.stage3_prefetch_bucket_size, zero.stage3_uniform_control_flow, _keep_numel(settings))
-    traffic = build_traffic(model, grouping.plans, grouping.units, axis, kept)
+    traffic = build_traffic(tree, grouping.plans, grouping.units, axis, kept)
     return Stage3(grouping.held, axis, overlap=overlap, traffic=traffic, make_arena=make_arena)
 
 

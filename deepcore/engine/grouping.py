@@ -20,6 +20,7 @@ from deepcore.sharding.homes import Homes
 from deepcore.sharding.layout import is_dense
 from deepcore.sharding.module_units import NamedParam, UnitPlan, plan_units, split_persistent
 from deepcore.sharding.sharded_group import ShardedGroup
+from deepcore.sharding.tree import ModelTree
 from deepcore.sharding.units import GroupPlan, plan_groups
 from deepcore.zero.unit import Unit
 
@@ -49,11 +50,11 @@ class Grouping:
 class Grouper:
     """Makes groups of a model's parameters under one policy, holding the model's values."""
 
-    def __init__(self, model: torch.nn.Module, policy: PrecisionPolicy, axis: Axis, settings: Settings) -> None:
+    def __init__(self, tree: ModelTree, policy: PrecisionPolicy, axis: Axis, settings: Settings) -> None:
         self._homes = homes_from(settings, axis.device, speaks=axis.rank == 0)
-        self._model, self._policy, self._axis = model, policy, axis
+        self._tree, self._policy, self._axis = tree, policy, axis
         self._zero = settings.zero_optimization
-        self._dtypes = policy.param_dtypes(model)
+        self._dtypes = policy.param_dtypes(tree.root, tree.params)
         self._held: set[torch.nn.Parameter] = set()
 
     def group(
@@ -67,7 +68,7 @@ class Grouper:
         self._held = {param for param in chosen if param.requires_grad or _is_plain(param)}
         if self._zero.stage == 3 and (self._axis.size > 1 or self._zero.offload_param.device != "none"):
             return self._by_unit()  # elsewhere this rank's shard is all there is: nothing to gather or to free
-        named = [(name, param) for name, param in self._model.named_parameters() if param in self._held]
+        named = [(name, param) for name, param in self._tree.named if param in self._held]
         somewhere = {param for part in apart for param in part}
         plans: list[GroupPlan] = []
         for part in [{param for _, param in named if param not in somewhere}, *apart]:
@@ -76,14 +77,14 @@ class Grouper:
         return Grouping([self._replicated(plan) for plan in plans], homes=self._homes)
 
     def _by_unit(self) -> Grouping:
-        named = [(name, param) for name, param in self._model.named_parameters() if self._shards(param)]
+        named = [(name, param) for name, param in self._tree.named if self._shards(param)]
         zero = self._zero
         persistent, sharded = split_persistent(
             named, zero.stage3_param_persistence_threshold, zero.stage3_model_persistence_threshold
         )
         kept = [(name, param) for name, param in persistent if param in self._held]
         groups = [self._replicated(plan) for plan in self._plan(kept, None)]
-        plans = plan_units(self._model, sharded, zero.reduce_bucket_size)
+        plans = plan_units(self._tree.root, sharded, zero.reduce_bucket_size)
         units = []
         for index, unit_plan in enumerate(plans):
             parts = self._plan(unit_plan.params, 2**62, first_unit=index)

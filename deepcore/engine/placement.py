@@ -17,6 +17,7 @@ from deepcore.precision.policy import PrecisionPolicy
 from deepcore.sharding import scattered
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.sharded_group import ShardedGroup
+from deepcore.sharding.tree import ModelTree
 
 
 def require_stage(module: torch.nn.Module, stage: int) -> None:
@@ -33,21 +34,21 @@ def require_stage(module: torch.nn.Module, stage: int) -> None:
         )
 
 
-def restore_rest(module: torch.nn.Module) -> None:
+def restore_rest(tree: ModelTree) -> None:
     """Make whole what ``zero.Init`` scattered and no group has taken: it is the same on every rank."""
-    for param in module.parameters() if scattered.any_left() else ():
+    for param in tree.params if scattered.any_left() else ():
         if scattered.find(param) is not None:
             scattered.restore(param)
 
 
-def share_weights(module: torch.nn.Module, groups: Sequence[FlatGroup], axis: Axis) -> None:
+def share_weights(tree: ModelTree, groups: Sequence[FlatGroup], axis: Axis) -> None:
     """Give every rank of ``axis`` the first one's parameters and buffers; sharded groups have shared theirs."""
     if axis.group is None:
         return
     works = [axis.broadcast(group.full, what=group.label) for group in groups if not isinstance(group, ShardedGroup)]
     grouped = {param for group in groups for param in group.params}
-    rest = [param.data for param in module.parameters() if param not in grouped]
-    for tensors in _by_dtype([*rest, *module.buffers()]):
+    rest = [param.data for param in tree.params if param not in grouped]
+    for tensors in _by_dtype([*rest, *tree.buffers]):
         starts = torch.tensor([0, *(t.numel() for t in tensors[:-1])]).cumsum(0)
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         axis.broadcast(flat, what="buffers and parameters of no group").wait()
@@ -65,14 +66,14 @@ def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     return list(kinds.values())
 
 
-def cast_rest(module: torch.nn.Module, groups: Sequence[FlatGroup], policy: PrecisionPolicy) -> None:
+def cast_rest(tree: ModelTree, groups: Sequence[FlatGroup], policy: PrecisionPolicy) -> None:
     """Cast what no group holds: frozen parameters, and buffers where the policy names a dtype for them."""
     grouped = {param for group in groups for param in group.params}
-    rest = [param for param in module.parameters() if param not in grouped]
-    dtypes = policy.param_dtypes(module) if rest else {}
+    rest = [param for param in tree.params if param not in grouped]
+    dtypes = policy.param_dtypes(tree.root, rest) if rest else {}
     for param in rest:
         param.data = param.data.to(dtypes[param])
-    for buffer in module.buffers():
+    for buffer in tree.buffers:
         if policy.buffer is not None and buffer.is_floating_point():
             buffer.data = buffer.data.to(policy.buffer)
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from deepcore.base.log import logger, warn_once
 from deepcore.sharding.group import FlatGroup
+from deepcore.sharding.module_units import NamedParam
 
 
 def note_room_for_frozen(groups: Sequence[FlatGroup]) -> None:
@@ -28,11 +27,11 @@ def note_room_for_frozen(groups: Sequence[FlatGroup]) -> None:
 class LateThaws:
     """Looks for parameters that were frozen, are in no optimizer, and require gradients now: nothing trains them."""
 
-    def __init__(self, module: torch.nn.Module, groups: Sequence[FlatGroup]) -> None:
+    def __init__(self, named: Sequence[NamedParam], groups: Sequence[FlatGroup]) -> None:
         held = {param for group in groups for param in group.params}
         self._frozen = [
             (name, param)
-            for name, param in module.named_parameters()
+            for name, param in named
             if not param.requires_grad and param not in held and param.is_floating_point()
         ]
 

@@ -141,7 +141,7 @@ class SegmentOptimizer(Optimizer, ABC):
     def _expose_state(self) -> None:
         """Show each parameter's state in ``self.state``, as views of the arena, where it lies whole on this rank."""
         assert self._arena is not None
-        if self._arena.is_filed:
+        if self._arena.is_filed or self._arena.home.type == "meta":
             return
         for param, places in self._places.items():
             batch, index = places[0]

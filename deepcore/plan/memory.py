@@ -22,6 +22,7 @@ from deepcore.errors import ConfigError
 from deepcore.optim.client import ClientOptimizer
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.sharded_group import ShardedGroup
+from deepcore.sharding.tree import ModelTree, modules_of, params_of
 from deepcore.sharding.update_arena import UpdateArena
 from deepcore.zero.sharded import MAX_IN_FLIGHT
 
@@ -92,7 +93,7 @@ def plan_memory(model: torch.nn.Module, config: Any, *, world_size: int, rank: i
 
 def _planned(model: torch.nn.Module, settings: Settings, world_size: int, rank: int) -> MemoryPlan:
     ghost = twin_on_meta(model)
-    num_params = sum(param.numel() for param in ghost.parameters())
+    num_params = sum(param.numel() for param in params_of(modules_of(ghost)))
     world = World(rank, world_size, rank, world_size, META, "none", owned=False)
     mesh = Mesh.unconnected(world, sp=settings.sequence_parallel_size, tp=settings.tensor_parallel.size)
     shards = cut_model(ghost, mesh, settings)
@@ -105,8 +106,9 @@ def _planned(model: torch.nn.Module, settings: Settings, world_size: int, rank: 
 def _count(model: torch.nn.Module, parts: Parts, arena: UpdateArena | None, settings: Settings) -> MemoryPlan:
     base, groups = parts.strategy.arena, parts.holdings.groups
     grouped = {param for group in groups for param in group.params}
-    loose = [param for param in model.parameters() if param not in grouped]
-    rest = [*loose, *model.buffers()]
+    tree = ModelTree(model)
+    loose = [param for param in tree.params if param not in grouped]
+    rest = [*loose, *tree.buffers]
     makes_state_later = parts.core is not None and isinstance(parts.core.optimizer, ClientOptimizer)
     held = sum(slot.numel for group in groups for slot in group.layout.slots) + sum(p.numel() for p in loose)
     return MemoryPlan(

@@ -61,12 +61,14 @@ class PrecisionPolicy:
     def _matches(self, name: str, kind: str) -> bool:
         return any(fnmatchcase(kind, pattern) or (name and fnmatchcase(name, pattern)) for pattern in self.keep_fp32)
 
-    def param_dtypes(self, module: torch.nn.Module) -> dict[torch.nn.Parameter, torch.dtype]:
-        """The dtype that each parameter of ``module`` is to have."""
+    def param_dtypes(
+        self, module: torch.nn.Module, params: Iterable[torch.nn.Parameter] | None = None
+    ) -> dict[torch.nn.Parameter, torch.dtype]:
+        """The dtype that each parameter of ``module`` is to have; of ``params`` only, where they are given."""
         islands = self.fp32_islands(module)
         kept = set(_parameters(islands))
         chosen = {}
-        for param in module.parameters():
+        for param in module.parameters() if params is None else params:
             cast = self.param is not None and param.is_floating_point()
             chosen[param] = param.dtype if not cast else torch.float32 if param in kept else self.param
         return chosen  # type: ignore[return-value]

@@ -19,6 +19,8 @@ def lazy_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Te
 
     ``torch.zeros`` writes every page at once: start-up would wait for memory that the first step fills anyway.
     """
+    if device.type == "meta":  # without values; and thousands of torch.zeros there take most of a plan's time
+        return torch.empty(numel, dtype=dtype, device=device)
     nbytes = numel * dtype.itemsize
     if device.type != "cpu" or nbytes < _LARGE:
         return torch.zeros(numel, dtype=dtype, device=device)

@@ -6,12 +6,13 @@ Knows nothing of buffers or collectives: it returns modules and parameters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from deepcore.sharding.scattered import numel_of
+from deepcore.sharding.tree import modules_of, own, params_of
 
 SPLIT_NUMEL = 2**28  # elements: a block above this is split into its children
 MERGE_NUMEL = 2**20  # elements: neighbours below this together share a unit
@@ -27,16 +28,28 @@ class UnitPlan:
     Attributes:
         members: modules at whose call the weights must be there.
         params: (name, parameter) pairs, each in one unit only.
+        inside: the members and, where the parameters of their children are included, all modules below.
+        read: per member, all parameters that its call reads, those of other units or of none included.
         whole: whether the parameters of the members' children are included.
     """
 
     members: list[nn.Module]
-    params: list[NamedParam] = field(default_factory=list)
+    params: list[NamedParam]
+    inside: list[nn.Module]
+    read: dict[nn.Module, list[nn.Parameter]]
     whole: bool = True
+    numel: int = field(init=False)
 
-    @property
-    def numel(self) -> int:
-        return sum(numel_of(param) for _, param in self.params)
+    def __post_init__(self) -> None:
+        self.numel = sum(numel_of(param) for _, param in self.params)
+
+    def join(self, other: UnitPlan) -> None:
+        """Take in another one."""
+        self.members += other.members
+        self.params += other.params
+        self.inside += other.inside
+        self.read.update(other.read)
+        self.numel += other.numel
 
 
 def split_persistent(
@@ -77,23 +90,23 @@ class _Planner:
         self._split, self._merge = split, merge
 
     def visit(self, module: nn.Module, is_block: bool) -> Iterator[UnitPlan]:
-        leaf = not any(True for _ in module.children())
+        children = list(dict.fromkeys(child for child in module._modules.values() if child is not None))
         called = not isinstance(module, _NOT_CALLED)
-        if called and (leaf or is_block) and 0 < self._numel_in(module) <= (sys.maxsize if leaf else self._split):
-            yield UnitPlan([module], self._take(module, recurse=True))
-            return
-        if called and (direct := self._take(module, recurse=False)):
-            yield UnitPlan([module], direct, whole=False)
+        if called and (is_block or not children):
+            inside = modules_of(module)
+            read = params_of(inside)
+            numel = sum(numel_of(param) for param in read if param in self._left)
+            if 0 < numel <= (self._split if children else sys.maxsize):
+                yield UnitPlan([module], self._take(read), inside, {module: read})
+                return
+        if called and (direct := self._take(params_of(_read_by(module)))):
+            yield UnitPlan([module], direct, [module], {module: own(module)}, whole=False)
         blocks = isinstance(module, nn.ModuleList | nn.Sequential)
-        found = [unit for child in module.children() for unit in self.visit(child, blocks)]
+        found = [unit for child in children for unit in self.visit(child, blocks)]
         yield from self._merged(found)
 
-    def _numel_in(self, module: nn.Module) -> int:
-        return sum(numel_of(param) for param in module.parameters() if param in self._left)
-
-    def _take(self, module: nn.Module, recurse: bool) -> list[NamedParam]:
-        mine = module.parameters() if recurse else (param for holder in _read_by(module) for param in own(holder))
-        return [(self._left.pop(param), param) for param in mine if param in self._left]
+    def _take(self, params: Sequence[nn.Parameter]) -> list[NamedParam]:
+        return [(self._left.pop(param), param) for param in params if param in self._left]
 
     def require_done(self) -> None:
         assert not self._left, f"parameters of no unit: {list(self._left.values())}"
@@ -103,19 +116,13 @@ class _Planner:
         current: UnitPlan | None = None
         for unit in units:
             if current and current.whole and unit.whole and current.numel + unit.numel <= self._merge:
-                current.members += unit.members
-                current.params += unit.params
+                current.join(unit)
                 continue
             if current:
                 yield current
             current = unit
         if current:
             yield current
-
-
-def own(module: nn.Module) -> list[nn.Parameter]:
-    """What ``module.parameters(recurse=False)`` gives, at a tenth of the price: plans ask it of every module."""
-    return [param for param in module._parameters.values() if param is not None]
 
 
 def _read_by(module: nn.Module) -> list[nn.Module]:

@@ -6,11 +6,11 @@ Knows nothing of tensors or process groups: costs and counts in, ranks out, the 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from deepcore.sharding.layout import ShardLayout
+from deepcore.sharding.layout import ShardLayout, Slot
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,52 @@ class Cut(NamedTuple):
     numel: int
 
 
-def cut_slots(layout: ShardLayout, *, whole: bool) -> list[list[Cut]]:
-    """Per slot of a group, its cuts in rank order; an empty slot has none.
+class Cuts:
+    """The cuts of one slot, in rank order, each made when it is asked for: there may be one for every rank.
+
+    Attributes:
+        ranks: those that hold a part.
+    """
+
+    __slots__ = ("_begin", "_end", "_size", "ranks")
+
+    def __init__(self, slot: Slot, size: int) -> None:
+        """``size`` elements are in a shard."""
+        self._begin, self._end, self._size = slot.start, slot.end, size
+        self.ranks = range(slot.start // size, -(-slot.end // size)) if slot.numel else range(0)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def __iter__(self) -> Iterator[Cut]:
+        return map(self._of, self.ranks)
+
+    def of(self, rank: int) -> Cut | None:
+        """The one in the shard of ``rank``."""
+        return self._of(rank) if rank in self.ranks else None
+
+    def _of(self, rank: int) -> Cut:
+        start = rank * self._size
+        low, high = max(self._begin, start), min(self._end, start + self._size)
+        return Cut(rank, low - start, low - self._begin, high - low)
+
+    def numels(self) -> dict[int, int]:
+        """The elements that each rank holds."""
+        found = dict.fromkeys(self.ranks, self._size)
+        for rank in self.ranks[:1], self.ranks[-1:]:
+            found.update((cut.rank, cut.numel) for cut in map(self._of, rank))
+        return found
+
+
+def cut_slots(layout: ShardLayout, *, whole: bool) -> list[Cuts]:
+    """Per slot of a group, its cuts; an empty slot has none.
 
     Args:
         layout: of the group.
         whole: one rank, number 0, holds everything, whatever the number of shards.
     """
     size = layout.numel if whole else layout.shard_numel
-    found: list[list[Cut]] = []
-    for slot in layout.slots:
-        cuts = []
-        for rank in range(slot.start // size, -(-slot.end // size)) if slot.numel else ():
-            low, high = max(slot.start, rank * size), min(slot.end, (rank + 1) * size)
-            cuts.append(Cut(rank, low - rank * size, low - slot.start, high - low))
-        found.append(cuts)
-    return found
+    return [Cuts(slot, size) for slot in layout.slots]
 
 
 def assign_owners(costs: Sequence[int], held: Sequence[Mapping[int, int]], num_ranks: int) -> list[int]:
@@ -74,12 +104,13 @@ def assign_owners(costs: Sequence[int], held: Sequence[Mapping[int, int]], num_r
     plain, bound = _greedy(order, costs, num_ranks)
     owners, loads = [0] * len(costs), _Loads(num_ranks)
     for index in order:
-        holders = sorted(held[index], key=lambda rank: (-held[index][rank], loads.of[rank], rank))
-        fits = [rank for rank in (*holders, loads.least()) if loads.of[rank] + costs[index] <= bound]
-        if not fits:
+        room, load = bound - costs[index], loads.of
+        fits = [(-numel, load[rank], rank) for rank, numel in held[index].items() if load[rank] <= room]
+        owner = min(fits)[2] if fits else loads.least()
+        if load[owner] > room:
             return plain
-        owners[index] = fits[0]
-        loads.add(fits[0], costs[index])
+        owners[index] = owner
+        loads.add(owner, costs[index])
     return owners
 
 

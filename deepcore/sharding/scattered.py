@@ -175,7 +175,8 @@ def stride_of(param: torch.Tensor) -> tuple[int, ...]:
 
 def numel_of(param: torch.Tensor) -> int:
     """The elements of a parameter, wherever its values are."""
-    return math.prod(shape_of(param))
+    entry = find(param)
+    return param.numel() if entry is None else entry.numel
 
 
 def replace(param: torch.Tensor, take: Callable[[torch.Tensor], torch.Tensor], axis: Axis) -> None:

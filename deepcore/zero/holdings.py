@@ -152,4 +152,5 @@ def remove_external(module: torch.nn.Module, param: torch.Tensor) -> bool:
 
 def externals(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """The parameters of others that a call of ``module`` was said to read."""
-    yield from list(_external.get(module, WeakTensorKeyDictionary()).keys())
+    if _external:
+        yield from list(_external.get(module, WeakTensorKeyDictionary()).keys())

@@ -13,7 +13,7 @@ import torch
 from deepcore.comm.mesh import Axis
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.pieces import Piece, PieceArena
-from deepcore.sharding.placement import Cut, UpdateRule, assign_owners, cut_slots
+from deepcore.sharding.placement import Cut, Cuts, UpdateRule, assign_owners, cut_slots
 from deepcore.zero.exchange import Exchange, run
 
 _MASTER, _GRAD = range(2)  # of the tensors that an owner keeps for a travelling parameter
@@ -27,12 +27,12 @@ class _Param:
     name: str
     group: int
     rule: UpdateRule
-    cuts: list[Cut]
+    cuts: Cuts
     owner: int
 
     @property
     def travels(self) -> bool:
-        return self.rule.whole and (len(self.cuts) > 1 or self.cuts[0].rank != self.owner)
+        return self.rule.whole and (len(self.cuts) > 1 or self.owner not in self.cuts.ranks)
 
 
 class WholeArena(PieceArena):
@@ -70,8 +70,7 @@ class WholeArena(PieceArena):
         self._arrivals = [
             (_run(copy, cut), _run(base.masters[param.group], cut))
             for param in travelling
-            for cut in param.cuts
-            if cut.rank == self._rank and (copy := base.copies[param.group]) is not None
+            if (cut := param.cuts.of(self._rank)) is not None and (copy := base.copies[param.group]) is not None
         ]
 
     def _params(self, base: ShardArena, rules: Mapping[str, UpdateRule]) -> list[_Param]:
@@ -83,7 +82,7 @@ class WholeArena(PieceArena):
         whole = [index for index, (name, _, _) in enumerate(found) if rules[name].whole]
         owners = assign_owners(
             [rules[found[index][0]].cost for index in whole],
-            [{cut.rank: cut.numel for cut in found[index][2]} for index in whole],
+            [found[index][2].numels() for index in whole],
             self._size,
         )
         owner_of = dict(zip(whole, owners, strict=True))
@@ -100,16 +99,12 @@ class WholeArena(PieceArena):
             if param.index in guests:
                 master, grad = (tensor.as_strided(form.shape, form.stride) for tensor in guests[param.index])
                 yield Piece(param.index, 0, family, master, grad, None)
-            elif not param.travels:
-                for cut in param.cuts:
-                    if cut.rank == self._rank:
-                        shape, stride = (form.shape, form.stride) if param.rule.whole else ((cut.numel,), (1,))
-                        take = _taker(cut, shape, stride)
-                        copy = base.copies[param.group]
-                        master, grad = take(base.masters[param.group]), take(base.grads[param.group])
-                        yield Piece(
-                            param.index, cut.in_slot, family, master, grad, None if copy is None else take(copy)
-                        )
+            elif (cut := param.cuts.of(self._rank)) is not None and not param.travels:
+                shape, stride = (form.shape, form.stride) if param.rule.whole else ((cut.numel,), (1,))
+                take = _taker(cut, shape, stride)
+                copy = base.copies[param.group]
+                master, grad = take(base.masters[param.group]), take(base.grads[param.group])
+                yield Piece(param.index, cut.in_slot, family, master, grad, None if copy is None else take(copy))
 
     def collect(self) -> None:
         self.base.settle()
@@ -172,8 +167,8 @@ class _Plan:
         at_home: list[list[torch.Tensor]],
         at_owner: list[list[torch.Tensor]],
     ) -> None:
-        for cut in param.cuts:
-            if cut.rank == self._rank:
-                at_home[param.owner].append(_run(shard, cut))
-            if param.owner == self._rank:
-                at_owner[cut.rank].append(self._guests[param.index][which][cut.in_slot : cut.in_slot + cut.numel])
+        mine = param.cuts.of(self._rank)
+        if mine is not None:
+            at_home[param.owner].append(_run(shard, mine))
+        for cut in param.cuts if param.owner == self._rank else ():
+            at_owner[cut.rank].append(self._guests[param.index][which][cut.in_slot : cut.in_slot + cut.numel])

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from deepcore.comm.mesh import Axis
-from deepcore.sharding.module_units import UnitPlan, own
+from deepcore.sharding.module_units import UnitPlan
+from deepcore.sharding.tree import ModelTree, own
 from deepcore.zero.holdings import externals
 from deepcore.zero.traffic import UnitTraffic
 from deepcore.zero.unit import Unit
@@ -33,11 +34,11 @@ class TrafficSettings:
 
 
 def build_traffic(
-    root: nn.Module, plans: Sequence[UnitPlan], units: Sequence[Unit], axis: Axis, settings: TrafficSettings
+    tree: ModelTree, plans: Sequence[UnitPlan], units: Sequence[Unit], axis: Axis, settings: TrafficSettings
 ) -> UnitTraffic:
-    """The traffic over ``units``, and the modules it has to watch in ``root``."""
-    needs = needed_units(root, plans, units)
-    watched = _containing(root, needs)
+    """The traffic over ``units``, and the modules of the model that it has to watch."""
+    needs = needed_units(tree, plans, units)
+    watched = _containing(tree.root, needs)
     traffic = UnitTraffic(units, needs, watched, axis, prefetch_numel=settings.prefetch_numel, uniform=settings.uniform)
     traffic.keep_for_backward = _trailing(units, settings.keep_numel)
     return traffic
@@ -50,7 +51,7 @@ def _containing(root: nn.Module, wanted: Container[nn.Module]) -> list[nn.Module
     def visit(module: nn.Module) -> bool:
         if module not in contains:
             contains[module] = False  # its place in the order
-            below = [visit(child) for child in module.children()]
+            below = [visit(child) for child in module._modules.values() if child is not None]
             contains[module] = module in wanted or any(below)
         return contains[module]
 
@@ -58,34 +59,28 @@ def _containing(root: nn.Module, wanted: Container[nn.Module]) -> list[nn.Module
     return [module for module, found in contains.items() if found]
 
 
-def needed_units(root: nn.Module, plans: Sequence[UnitPlan], units: Sequence[Unit]) -> dict[nn.Module, list[Unit]]:
+def needed_units(tree: ModelTree, plans: Sequence[UnitPlan], units: Sequence[Unit]) -> dict[nn.Module, list[Unit]]:
     """Per module the units of all parameters that its call reads: its own, tied and registered ones."""
     owner = {param: unit for plan, unit in zip(plans, units, strict=True) for _, param in plan.params}
     needs: dict[nn.Module, list[Unit]] = {}
     for plan, unit in zip(plans, units, strict=True):
         for module in plan.members:
-            params = module.parameters() if plan.whole else own(module)
-            held = [owner[param] for param in params if param in owner]
+            held = [owner[param] for param in plan.read[module] if param in owner]
             needs[module] = list(dict.fromkeys([unit, *held]))
-    for module in tied_modules(root, plans):
+    for module in tied_modules(tree, plans, owner):
         held = [owner[param] for param in own(module) if param in owner]
         needs[module] = list(dict.fromkeys(held))
-    for module in root.modules():
+    for module in tree.modules:
         read = [owner[param] for param in externals(module) if isinstance(param, nn.Parameter) and param in owner]
         if read:
             needs[module] = list(dict.fromkeys([*needs.get(module, []), *read]))
     return needs
 
 
-def tied_modules(root: nn.Module, plans: Sequence[UnitPlan]) -> list[nn.Module]:
+def tied_modules(tree: ModelTree, plans: Sequence[UnitPlan], placed: Container[nn.Parameter]) -> list[nn.Module]:
     """Modules outside all units that hold a parameter of one: tied weights only, such as an output head."""
-    placed = {param for plan in plans for _, param in plan.params}
-    inside = {
-        child for plan in plans for module in plan.members for child in (module.modules() if plan.whole else [module])
-    }
-    return [
-        module for module in root.modules() if module not in inside and any(param in placed for param in own(module))
-    ]
+    inside = {module for plan in plans for module in plan.inside}
+    return [module for module in tree.modules if module not in inside and any(param in placed for param in own(module))]
 
 
 def _trailing(units: Sequence[Unit], keep_numel: int | None) -> int:

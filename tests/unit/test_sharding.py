@@ -15,6 +15,7 @@ from deepcore.sharding.gradients import GroupGradients
 from deepcore.sharding.group import FlatGroup, GroupDtypes
 from deepcore.sharding.reducer import BufferPool
 from deepcore.sharding.segments import Segment, SegmentTable
+from deepcore.sharding.tree import ModelTree, params_of
 from deepcore.sharding.units import plan_groups
 
 FP32 = GroupDtypes(torch.float32, torch.float32, torch.float32)
@@ -191,3 +192,16 @@ def test_batches_of_all_ranks_cover_every_element_once(world: int) -> None:
     for name, param in named:
         whole = torch.cat([torch.empty(0), *covered[name]])
         assert torch.equal(whole, param.detach().reshape(-1))
+
+
+def test_a_quick_walk_finds_what_torch_finds() -> None:
+    shared, empty = torch.nn.Linear(2, 2), torch.nn.ModuleList()
+    inner = torch.nn.ModuleDict({"a": shared, "norm": torch.nn.BatchNorm1d(2), "none": empty})
+    root = torch.nn.Sequential(inner, shared, torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), inner), empty)
+    root.register_module("absent", None)
+    root[2][0].weight = shared.weight
+    tree = ModelTree(root)
+    assert tree.modules == list(root.modules())
+    assert [id(param) for param in tree.params] == [id(param) for param in root.parameters()]
+    assert [id(param) for param in params_of(tree.modules)] == [id(param) for param in root.parameters()]
+    assert [id(buffer) for buffer in tree.buffers] == [id(buffer) for buffer in root.buffers()]

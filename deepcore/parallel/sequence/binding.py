@@ -12,6 +12,7 @@ from torch import nn
 
 from deepcore.comm.mesh import Axis
 from deepcore.errors import UsageError
+from deepcore.sharding.tree import modules_of
 
 _axes: weakref.WeakKeyDictionary[nn.Module, Axis | None] = weakref.WeakKeyDictionary()
 # transformers builds masks from a model's config alone: by its id, a module that owns it.
@@ -24,7 +25,7 @@ def bind(model: nn.Module, axis: Axis | None) -> None:
     Raises:
         UsageError: another model that shares a config object with this one computes on another axis.
     """
-    modules = list(model.modules())
+    modules = modules_of(model)
     for module in modules:
         _axes[module] = axis
     for module in modules:
