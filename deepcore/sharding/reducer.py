@@ -27,11 +27,15 @@ class _Pending:
 class BufferPool:
     """Flat buffers that are used again: fresh memory costs a page fault per 4 KiB.
 
-    There are as many as were ever out at a time, whatever the sizes that were asked for.
+    There are as many as were ever out at a time, whatever the sizes that were asked for, until ``trim``: then
+    ``lasting`` of them are left. Those have pages of their own: what stayed in the allocator's heap for life would keep
+    that from shrinking below. The others come from the heap, where a backward has freed what they need.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lasting: int = 2) -> None:
         self._free: list[torch.UntypedStorage] = []  # by size, the smallest first
+        self._room = lasting  # lasting ones that may be made
+        self._stay: set[int] = set()  # addresses of those that were
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A 1-D buffer with any content."""
@@ -41,19 +45,39 @@ class BufferPool:
         if chosen is not None:
             self._free = [storage for storage in self._free if storage is not chosen]
         if chosen is None or chosen.nbytes() < nbytes:
+            if chosen is not None:
+                self._forget(chosen)
             del here, chosen  # the largest is too small: what takes its place comes after it is gone
-            # Not from the allocator's heap: what stays there for life keeps it from shrinking below.
-            chosen = lazy_zeros(nbytes, torch.uint8, device).untyped_storage()
+            chosen = self._make(nbytes, device)
         return torch.empty(0, dtype=dtype, device=device).set_(chosen, 0, (numel,), (1,))
+
+    def _make(self, nbytes: int, device: torch.device) -> torch.UntypedStorage:
+        if not self._room:
+            return torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
+        self._room -= 1
+        made = lazy_zeros(nbytes, torch.uint8, device).untyped_storage()
+        self._stay.add(made.data_ptr())
+        return made
+
+    def _forget(self, storage: torch.UntypedStorage) -> None:
+        if storage.data_ptr() in self._stay:
+            self._stay.remove(storage.data_ptr())
+            self._room += 1
 
     def give(self, buffer: torch.Tensor) -> None:
         """Take a buffer back."""
         self._free.append(buffer.untyped_storage())
         self._free.sort(key=lambda storage: storage.nbytes())
 
-    def release(self, *, keep: int = 0) -> None:
-        """Let go of all buffers but the ``keep`` largest."""
-        del self._free[: max(0, len(self._free) - keep)]
+    def trim(self) -> None:
+        """Let go of all buffers but those that last."""
+        self._free = [storage for storage in self._free if storage.data_ptr() in self._stay]
+
+    def release(self) -> None:
+        """Let go of all buffers."""
+        for storage in self._free:
+            self._forget(storage)
+        self._free.clear()
 
 
 class GradReducer:

@@ -25,7 +25,6 @@ from deepcore.zero.strategy import WindowGradient, ZeroStrategy
 
 ArenaMaker = Callable[[Sequence[FlatGroup], int], ShardArena]
 MAX_IN_FLIGHT = 2  # groups whose buffers may exist at a time, one to send and one to receive each
-MAX_AT_REST = 2  # buffers that are kept from one window to the next
 
 
 class ShardedGradients(ZeroStrategy):
@@ -142,7 +141,7 @@ class ShardedGradients(ZeroStrategy):
 
     def clear(self) -> None:
         self._window.clear()
-        self._reducer.buffers.release(keep=MAX_AT_REST)
+        self._reducer.buffers.trim()
         self._held = []
         for group in self.groups:
             for param in group.params:

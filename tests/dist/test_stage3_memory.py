@@ -11,7 +11,7 @@ from torch import nn
 
 import deepcore
 from deepcore.plan.memory import plan_memory
-from deepcore.zero.sharded import MAX_AT_REST, MAX_IN_FLIGHT
+from deepcore.zero.sharded import MAX_IN_FLIGHT
 from tests.dist.pool import RankFailedError, run_ranks
 
 NUM_BLOCKS, WIDTH = 8, 16
@@ -113,7 +113,7 @@ def reduction_buffers() -> tuple[int, int, int]:
 
 def test_two_groups_have_buffers_at_a_time_however_slow_reductions_are() -> None:
     """Under the double no reduction is over before somebody waits: six of eight groups have to be patient."""
-    assert run_ranks(2, reduction_buffers, hostile=True) == [(2 * MAX_IN_FLIGHT, MAX_AT_REST, 3)] * 2
+    assert run_ranks(2, reduction_buffers, hostile=True) == [(2 * MAX_IN_FLIGHT, 2, 3)] * 2
 
 
 def live_storages() -> dict[int, int]:

@@ -21,6 +21,25 @@ from deepcore.sharding.units import plan_groups
 FP32 = GroupDtypes(torch.float32, torch.float32, torch.float32)
 
 
+def test_two_buffers_of_a_pool_last() -> None:
+    pool, cpu = BufferPool(), torch.device("cpu")
+    for numel in (10, 10, 30, 20):
+        out = [pool.take(numel + extra, torch.float32, cpu) for extra in range(4)]
+        assert len({buffer.data_ptr() for buffer in out}) == 4
+        lasting = {buffer.data_ptr() for buffer in out[:2]}
+        for buffer in out:
+            pool.give(buffer)
+        pool.trim()
+        assert len(pool._free) == 2
+        again = [pool.take(numel, torch.float32, cpu) for _ in range(2)]
+        assert numel == 20 or {buffer.data_ptr() for buffer in again} == lasting
+        for buffer in again:
+            pool.give(buffer)
+    pool.release()
+    assert not pool._free
+    assert [pool.take(5, torch.float32, cpu).numel() for _ in range(3)] == [5, 5, 5]
+
+
 def params(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.nn.Parameter]]:
     torch.manual_seed(0)
     return [(f"p{i}", torch.nn.Parameter(torch.randn(shape).to(dtype))) for i, shape in enumerate(shapes)]
