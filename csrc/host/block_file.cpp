@@ -17,8 +17,10 @@ namespace deepcore {
 
 namespace {
 
-constexpr int64_t kChunk = 256 << 10;  // bytes of one system call, still in a core's cache when they are summed
-constexpr int kVectors = 64;           // pieces of one system call
+// Bytes of one system call. What was read is summed while it is in a core's cache; a write costs the kernel less the
+// more it gets at once, and is summed before.
+constexpr int64_t kRead = 256 << 10, kWrite = 1 << 20;
+constexpr int kVectors = 64;  // pieces of one system call
 
 // Gives the bytes of pieces in runs, from any place on.
 class Walk {
@@ -28,11 +30,11 @@ class Walk {
         inside_ = begin;
     }
 
-    // Up to `limit` bytes, at most kChunk, as vectors; returns their number.
+    // Up to `limit` bytes, as vectors; returns their number. The scratch has room for as many.
     int take(int64_t limit, iovec* vectors) {
         int count = 0;
         char* spare = scratch_;
-        for (limit = std::min(limit, kChunk); limit > 0 && count < kVectors && index_ < pieces_.size();) {
+        for (; limit > 0 && count < kVectors && index_ < pieces_.size();) {
             const Piece& piece = pieces_[index_];
             const int64_t nbytes = std::min(limit, piece.nbytes - inside_);
             if (nbytes > 0) {
@@ -103,14 +105,14 @@ int64_t nbytes_of(const std::vector<Piece>& pieces) {
 Verdict read_some(int file, int64_t offset, const std::vector<Piece>& pieces, int64_t block, const uint32_t* expected,
                   int64_t first, int64_t last) {
     const int64_t total = nbytes_of(pieces);
-    std::vector<char> scratch(kChunk);
+    std::vector<char> scratch(kRead);
     Walk walk(pieces, first * block, scratch.data());
     iovec vectors[kVectors];
     for (int64_t index = first; index < last; ++index) {
         const int64_t end = std::min(total, (index + 1) * block);
         uint32_t crc = 0;
         for (int64_t at = index * block; at < end;) {
-            const int count = walk.take(end - at, vectors);
+            const int count = walk.take(std::min(end - at, kRead), vectors);
             const Failure failure = transfer(false, file, vectors, count, offset + at);
             if (failure.code != 0 || failure.missing != 0) return {failure, -1, 0};
             if (expected != nullptr) crc = sum_of(crc, vectors, count);
@@ -157,7 +159,7 @@ Failure write_blocks(int file, int64_t offset, const std::vector<Piece>& pieces,
         const int64_t end = std::min(total, begin + block);
         uint32_t crc = 0;
         for (int64_t at = begin; at < end;) {
-            const int count = walk.take(end - at, vectors);
+            const int count = walk.take(std::min(end - at, kWrite), vectors);
             crc = sum_of(crc, vectors, count);
             const Failure failure = transfer(true, file, vectors, count, offset + at);
             if (failure.code != 0) return failure;

@@ -17,7 +17,8 @@ namespace deepcore {
 namespace {
 
 constexpr uint32_t kPolynomial = 0x82f63b78;   // reflected
-constexpr int64_t kLong = 8192, kShort = 256;  // bytes of one of three interleaved parts; multiples of 8
+constexpr int64_t kLine = 64;                  // bytes that memory gives at once
+constexpr int64_t kLong = 8192, kShort = 256;  // bytes of one of three interleaved parts; multiples of kLine
 
 using Tables = std::array<std::array<uint32_t, 256>, 8>;
 
@@ -118,10 +119,16 @@ class Advance {
 
 uint32_t three(uint32_t state, const unsigned char* p, int64_t part, const Advance& advance) {
     uint64_t first = state, second = 0, third = 0;
-    for (int64_t at = 0; at < part; at += 8) {
-        first = step(first, p + at);
-        second = step(second, p + part + at);
-        third = step(third, p + 2 * part + at);
+    for (int64_t line = 0; line < part; line += kLine) {
+        const unsigned char* ahead = p + 3 * part + line;  // of the next three parts; beyond the end it does no harm
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + part);
+        __builtin_prefetch(ahead + 2 * part);
+        for (int64_t at = line; at < line + kLine; at += 8) {
+            first = step(first, p + at);
+            second = step(second, p + part + at);
+            third = step(third, p + 2 * part + at);
+        }
     }
     const uint32_t both = advance(static_cast<uint32_t>(first)) ^ static_cast<uint32_t>(second);
     return advance(both) ^ static_cast<uint32_t>(third);
