@@ -33,12 +33,33 @@ using TensorList = std::vector<Tensor>;
     throw std::runtime_error(text);
 }
 
-// Cheaper to compare than Tensor::scalar_type(), which translates it.
+// Cheaper than Tensor::scalar_type(), which translates it: that of a call's tensors would take as long as its checks.
 inline int32_t dtype_code(const Tensor& tensor) {
     int32_t code;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
     return code;
 }
+
+inline int32_t dtype_code(ScalarType dtype) {  // of those that ops ask for
+    switch (dtype) {
+        case ScalarType::Float:
+            return aoti_torch_dtype_float32();
+        case ScalarType::BFloat16:
+            return aoti_torch_dtype_bfloat16();
+        case ScalarType::Half:
+            return aoti_torch_dtype_float16();
+        case ScalarType::Double:
+            return aoti_torch_dtype_float64();
+        case ScalarType::Long:
+            return aoti_torch_dtype_int64();
+        case ScalarType::Byte:
+            return aoti_torch_dtype_uint8();
+        default:
+            return -1;  // no tensor's
+    }
+}
+
+inline bool is_of(const Tensor& tensor, ScalarType dtype) { return dtype_code(tensor) == dtype_code(dtype); }
 
 struct Text {  // a short string without an allocation
     char text[160];
@@ -51,10 +72,10 @@ struct Device {
 };
 
 inline Device device_of(const Tensor& tensor) {
-    Device device;
+    Device device = {0, 0};
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+    if (device.is_cpu()) return device;  // of its index torch says -1 here and 0 there
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
-    if (device.is_cpu()) device.index = 0;  // torch says -1 here and 0 there
     return device;
 }
 
@@ -120,7 +141,7 @@ inline void* table_memory(const char* name, const Tensor& tensor, ScalarType dty
                           std::initializer_list<int64_t> shape, Device device) {
     bool same = tensor.dim() == static_cast<int64_t>(shape.size());
     for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == shape.begin()[i];
-    if (!same || tensor.scalar_type() != dtype || !(device_of(tensor) == device) || !tensor.is_contiguous()) {
+    if (!same || !is_of(tensor, dtype) || !(device_of(tensor) == device) || !tensor.is_contiguous()) {
         fail("%s: got %s %s on %s%s, expected contiguous %s %s on %s", name, dtype_name(tensor.scalar_type()),
              shape_text(tensor).text, describe(device_of(tensor)).text, tensor.is_contiguous() ? "" : " (strided)",
              dtype_name(dtype), shape_text(shape.begin(), shape.size()).text, describe(device).text);

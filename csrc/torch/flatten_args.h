@@ -43,7 +43,7 @@ inline int64_t require_start(const int64_t* starts, size_t index, int64_t numel,
 inline FlattenArgs flatten_types(const Tensor& flat, const TensorList& tensors, Direction direction) {
     FlattenArgs args = {};
     if (tensors.empty()) return args;
-    if (flat.scalar_type() == tensors[0].scalar_type()) {
+    if (dtype_code(flat) == dtype_code(tensors[0])) {
         args.raw_size = static_cast<int64_t>(flat.element_size());
         return args;
     }

@@ -68,22 +68,16 @@ inline void require_list(const char* name, const TensorList& list, Device device
 }
 
 inline void require_dtype(const char* name, const TensorList& list, ScalarType dtype) {
-    if (!list.empty() && list[0].scalar_type() != dtype) {
+    if (!list.empty() && !is_of(list[0], dtype)) {
         fail("%s: got %s, expected %s", name, dtype_name(list[0].scalar_type()), dtype_name(dtype));
     }
 }
 
 inline DType float_dtype(const char* name, const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case ScalarType::Float:
-            return DType::f32;
-        case ScalarType::BFloat16:
-            return DType::bf16;
-        case ScalarType::Half:
-            return DType::f16;
-        default:
-            fail("%s: got %s, expected float32, bfloat16 or float16", name, dtype_name(tensor.scalar_type()));
-    }
+    if (is_of(tensor, ScalarType::Float)) return DType::f32;
+    if (is_of(tensor, ScalarType::BFloat16)) return DType::bf16;
+    if (is_of(tensor, ScalarType::Half)) return DType::f16;
+    fail("%s: got %s, expected float32, bfloat16 or float16", name, dtype_name(tensor.scalar_type()));
 }
 
 inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }

@@ -46,8 +46,7 @@ struct UpdateCall {  // the kernels' arguments, and what they point into
 // All states have one dtype.
 inline void require_state_dtype(const UpdateLists& lists, const NamedList& state) {
     const NamedList& first = lists.states[0];
-    const bool narrow =
-        lists.narrow_states && !first.list.empty() && first.list[0].scalar_type() == ScalarType::BFloat16;
+    const bool narrow = lists.narrow_states && !first.list.empty() && is_of(first.list[0], ScalarType::BFloat16);
     require_dtype(state.name, state.list, narrow ? ScalarType::BFloat16 : ScalarType::Float);
 }
 
@@ -79,7 +78,7 @@ inline void require_update_lists(const UpdateLists& lists, bool loose, Device de
     if (lists.copies.empty()) return;
     require_list("copies", lists.copies, device);
     require_companion("copies", lists.copies, "params", lists.params);
-    if (lists.copies[0].scalar_type() == ScalarType::Float) fail("copies: got float32, expected bfloat16 or float16");
+    if (is_of(lists.copies[0], ScalarType::Float)) fail("copies: got float32, expected bfloat16 or float16");
 }
 
 inline std::vector<UpdateTensor> update_tensors(const UpdateLists& lists, bool loose) {

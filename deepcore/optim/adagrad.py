@@ -64,7 +64,7 @@ class FusedAdagrad(SegmentOptimizer):
         return [float(group[name]) for name in ("lr", "lr_decay", "eps", "weight_decay")]
 
     def launch(self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
-        torch.ops.deepcore.adagrad_(
+        torch.ops.deepcore.adagrad_.default(
             batch.params,
             batch.grads,
             batch.states["sum"],

@@ -94,7 +94,7 @@ class FusedAdam(SegmentOptimizer):
                 expected="amsgrad in some group from the first step on",
                 do="build the optimizer with amsgrad=True",
             )
-        torch.ops.deepcore.adam_(
+        torch.ops.deepcore.adam_.default(
             batch.params,
             batch.grads,
             batch.states["exp_avg"],

@@ -105,7 +105,7 @@ class FusedLamb(SegmentOptimizer):
         self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor
     ) -> torch.Tensor:
         squares = torch.empty(len(batch.table), 2, dtype=torch.float64, device=batch.steps.device)
-        torch.ops.deepcore.lamb_moments_(
+        torch.ops.deepcore.lamb_moments_.default(
             batch.params,
             batch.grads,
             *_states(batch),
@@ -126,7 +126,7 @@ class FusedLamb(SegmentOptimizer):
         norms = squares.sqrt()
         usable = (norms > 0).all(dim=1)
         ratios = (norms[:, 0] / norms[:, 1]).clamp(bounds[:, 0], bounds[:, 1])
-        torch.ops.deepcore.lamb_apply_(
+        torch.ops.deepcore.lamb_apply_.default(
             batch.params,
             *_states(batch),
             batch.copies,

@@ -55,7 +55,7 @@ class FusedLion(SegmentOptimizer):
         return [float(group["lr"]), float(beta1), float(beta2), float(group["weight_decay"])]
 
     def launch(self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
-        torch.ops.deepcore.lion_(
+        torch.ops.deepcore.lion_.default(
             batch.params,
             batch.grads,
             batch.states["exp_avg"],

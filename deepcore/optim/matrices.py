@@ -69,7 +69,7 @@ class Matrices:
         """
         batch, indices = self._batch, self._indices
         updates = [_stored(matrix, param) for matrix, param in zip(into, self._params, strict=True)]
-        torch.ops.deepcore.muon_momentum_(
+        torch.ops.deepcore.muon_momentum_.default(
             updates,
             [batch.grads[index] for index in indices],
             [batch.states["momentum_buffer"][index] for index in indices],
@@ -90,7 +90,7 @@ class Matrices:
             else _stored(matrix, param).copy_(matrix.view(param.shape))
             for matrix, param in zip(ortho, self._params, strict=True)
         ]
-        torch.ops.deepcore.muon_apply_(
+        torch.ops.deepcore.muon_apply_.default(
             self._params,
             moved,
             [self._batch.copies[index] for index in self._indices] if self._batch.copies else [],

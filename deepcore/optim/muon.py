@@ -150,7 +150,7 @@ class Muon(SegmentOptimizer):
         if batch.family == MATRICES:
             self._launch_matrices(batch, hyper, grad_scale, skip)
             return
-        torch.ops.deepcore.adam_(
+        torch.ops.deepcore.adam_.default(
             batch.params,
             batch.grads,
             batch.states["exp_avg"],

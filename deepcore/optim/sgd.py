@@ -79,7 +79,7 @@ class FusedSGD(SegmentOptimizer):
                 expected="some momentum from the first step on",
                 do="build the optimizer with momentum > 0, however small",
             )
-        torch.ops.deepcore.sgd_(
+        torch.ops.deepcore.sgd_.default(
             batch.params,
             batch.grads,
             buffers,

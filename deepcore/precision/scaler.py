@@ -62,7 +62,7 @@ class LossScaler:
         settings = self.settings
         if self.state is None or settings is None or not settings.dynamic:
             return
-        torch.ops.deepcore.loss_scale_update_(
+        torch.ops.deepcore.loss_scale_update_.default(
             self.state, skip, settings.window, settings.hysteresis, settings.consecutive, settings.minimum
         )
         self.inverse = self.state[:1].reciprocal()

@@ -208,7 +208,7 @@ class ShardArena(UpdateArena):
         self.rewritten(number)
         if last and mine:
             table = self.loose.table([number])
-            self.passed[number] = torch.ops.deepcore.grad_stats(mine, table.rows, table.chunk_offsets)[0]
+            self.passed[number] = torch.ops.deepcore.grad_stats.default(mine, table.rows, table.chunk_offsets)[0]
         return live
 
     def _sum(
@@ -216,10 +216,10 @@ class ShardArena(UpdateArena):
     ) -> None:
         self.rewritten(number)
         if not last:
-            torch.ops.deepcore.bucket_sum_(shard, parts, keep, divisor)
+            torch.ops.deepcore.bucket_sum_.default(shard, parts, keep, divisor)
             return
         table, _ = self.table_of([number])
-        self.passed[number] = torch.ops.deepcore.bucket_sum_squares_(
+        self.passed[number] = torch.ops.deepcore.bucket_sum_squares_.default(
             shard, parts, keep, divisor, table.rows, table.chunk_offsets
         )
 
@@ -242,7 +242,7 @@ class ShardArena(UpdateArena):
                 grads = [self.grads[number] for number in members]
             else:
                 table = self.loose.table(members)
-            squares, summary = torch.ops.deepcore.grad_stats(grads, table.rows, table.chunk_offsets)
+            squares, summary = torch.ops.deepcore.grad_stats.default(grads, table.rows, table.chunk_offsets)
             yield params_of, squares, summary[0]
 
     @property

@@ -102,7 +102,7 @@ class LooseGradients:
             if each in self._held:
                 tensors, packed = self._held.pop(each)
                 with torch.no_grad():
-                    torch.ops.deepcore.flatten_(self._flats[each], tensors, self._groups[each].starts)
+                    torch.ops.deepcore.flatten_.default(self._flats[each], tensors, self._groups[each].starts)
                 packed()
 
     def clear(self) -> None:

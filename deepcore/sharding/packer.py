@@ -37,7 +37,7 @@ def pack_gradients(group: FlatGroup, chosen: Sequence[int], flat: torch.Tensor) 
         indices.append(index)
     for grads, indices in by_dtype.values():
         starts = group.starts if len(indices) == len(group.starts) else group.starts[indices]
-        torch.ops.deepcore.flatten_(flat, grads, starts)
+        torch.ops.deepcore.flatten_.default(flat, grads, starts)
 
 
 def pack_group(group: FlatGroup, flat: torch.Tensor) -> list[bool]:

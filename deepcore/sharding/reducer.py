@@ -114,7 +114,7 @@ class GradReducer:
         own = flat[self.axis.rank * numel : (self.axis.rank + 1) * numel]
 
         def complete() -> None:
-            torch.ops.deepcore.bucket_sum_(own, landing, False, divisor)
+            torch.ops.deepcore.bucket_sum_.default(own, landing, False, divisor)
             self.buffers.give(landing)
             if wire is not flat:
                 self.buffers.give(wire)
