@@ -179,7 +179,7 @@ class Muon(SegmentOptimizer):
             matrices = Matrices(batch, indices, plan, hyper, skip)
             stack = torch.empty(len(indices), *shape, dtype=_DTYPES[group["ns_dtype"]], device=param.device)
             matrices.momentum(list(stack), grad_scale)
-            matrices.apply(list(_orthogonal(group, stack).contiguous()))
+            matrices.apply(list(_orthogonal(group, stack)))
         if cut:
             self._launch_parts(batch, cut, hyper, grad_scale, skip)
 

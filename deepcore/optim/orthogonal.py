@@ -14,6 +14,9 @@ import torch
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: steepest at 0, singular values end within about 0.7 to 1.2
 EPS = 1e-7  # smallest norm to divide by
 METHODS = ("standard", "gram")
+LARGE = (
+    1 << 16
+)  # elements: from there on a CPU takes one matrix after the other, whose products then stay in its caches
 
 
 def orthogonalize(matrices: torch.Tensor, *, method: str, steps: int, dtype: torch.dtype) -> torch.Tensor:
@@ -38,18 +41,30 @@ def orthogonalize(matrices: torch.Tensor, *, method: str, steps: int, dtype: tor
         dtype: in which products are made.
 
     Returns:
-        (k, m, n), numbers of ``dtype``.
+        (k, m, n), contiguous, of ``dtype``.
     """
     assert method in METHODS
-    x = matrices.to(dtype)
+    out = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
+    alone = out.device.type == "cpu" and out[0].numel() >= LARGE
+    most = 1 if alone else len(out)
+    for some, into in zip(matrices.split(most), out.split(most), strict=True):
+        into.copy_(_orthogonal(some.to(dtype), method, steps, by_halves=alone))
+    return out
+
+
+def _orthogonal(x: torch.Tensor, method: str, steps: int, *, by_halves: bool) -> torch.Tensor:
+    dtype = x.dtype
     norms = torch.stack([matrix.norm() for matrix in x]).clamp(min=EPS)  # one by one: sums in the order of one matrix
     tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
     x = x / norms[:, None, None]
     if dtype == torch.bfloat16 and x.device.type == "cpu" and _widens_bf16():
         x = x.float()
-    x = _gram(x, steps, dtype) if method == "gram" else _standard(x, steps, dtype)
+    if tall:
+        x = x.mT.contiguous()  # on a CPU the copy takes less time than products of columns
+    if method == "gram":
+        x = _gram(x, steps, dtype)
+    else:
+        x = _by_halves(x[0], steps, dtype)[None] if by_halves else _standard(x, steps, dtype)
     return x.mT if tall else x
 
 
@@ -69,6 +84,28 @@ def _standard(x: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
         gram = _rounded(torch.bmm(x, x.mT), dtype)
         factor = _rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), dtype)
         x = _rounded(torch.baddbmm(x, factor, x, beta=a), dtype)
+    return x
+
+
+def _by_halves(x: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of one matrix, without the lower left quarters of what is symmetric: those are copied, not multiplied."""
+    a, b, c = QUINTIC
+    gram = x.new_empty(x.shape[0], x.shape[0])
+    factor, other = torch.empty_like(gram), torch.empty_like(x)
+    low, high = slice(x.shape[0] // 2), slice(x.shape[0] // 2, None)
+    quarters = ((low, low), (low, high), (high, high))
+    for _ in range(steps):
+        for rows, columns in quarters:
+            torch.mm(x[rows], x[columns].mT, out=gram[rows, columns])
+        gram[high, low] = gram[low, high].mT
+        gram = _rounded(gram, dtype)
+        for rows, columns in quarters:
+            part = factor[rows, columns]
+            torch.addmm(gram[rows, columns], gram[rows], gram[:, columns], beta=b, alpha=c, out=part)
+        factor[high, low] = factor[low, high].mT
+        factor = _rounded(factor, dtype)
+        torch.addmm(x, factor, x, beta=a, out=other)
+        x, other = _rounded(other, dtype), x
     return x
 
 
