@@ -33,7 +33,7 @@ void narrow_states_are_rounded() {
     UpdateRun run;
     UpdateArgs args = run.args(state, kLargest);
     args.state_dtype = DType::bf16;
-    for (int k = 0; k < 3; ++k) run.tensor.states[k] = narrow[k].data();
+    for (int k = 0; k < 3; ++k) run.tensors[0].states[k] = narrow[k].data();
     DEEPCORE_PICK(adam_prepare)(args, 0, 3);
     DEEPCORE_PICK(adam_apply)(args, 0, 4);
     CHECK(same(state.p, expected.p) && same(state.copy, expected.copy));

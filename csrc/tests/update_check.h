@@ -54,13 +54,23 @@ struct UpdateRun {
     uint8_t active[3] = {1, 1, 0};
     float grad_scale = 0.7f, skip = 0;
     double scratch[64] = {};  // room for the scalars of any formula
-    UpdateTensor tensor = {};
+    UpdateTensor tensors[3] = {};
+    std::vector<float> grads[3];
 
-    UpdateArgs args(State& state, const double* rows) {
-        tensor = {
-            state.p.data(), state.g.data(), {state.s0.data(), state.s1.data(), state.s2.data()}, state.copy.data()};
-        return {DType::f32, DType::f32, DType::f32, DType::bf16, &tensor,     1,     chunk_offsets, segments,
-                3,          rows,       steps,      active,      &grad_scale, &skip, scratch,       kMaxStates};
+    // apart: each segment's gradient is in memory of its own, addressed as if it were part of a longer one.
+    UpdateArgs args(State& state, const double* rows, bool apart = false) {
+        for (int row = 0; row < 3; ++row) {
+            tensors[row] = {
+                state.p.data(), state.g.data(), {state.s0.data(), state.s1.data(), state.s2.data()}, state.copy.data()};
+            if (!apart) continue;
+            const Segment& segment = segments[row];
+            const auto first = state.g.begin() + segment.begin;
+            grads[row].assign(first, first + segment.numel);
+            tensors[row].grad = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(grads[row].data()) -
+                                                              segment.begin * sizeof(float));
+        }
+        return {DType::f32, DType::f32, DType::f32, DType::bf16, tensors, 1,       chunk_offsets, segments, 3,
+                rows,       steps,      active,     &grad_scale, &skip,   scratch, kMaxStates,    apart};
     }
 };
 
@@ -84,7 +94,7 @@ State expected_state(const State& before, const double* rows) {
     return after;
 }
 
-// prepare and apply: of the variant that is active. Chunks one by one, and all at once; then a step that is skipped.
+// prepare and apply: of the variant that is active. Chunks one by one; all at once, gradients apart; a skipped step.
 template <class Formula, class Pass>
 void variant_gives_the_bits_of_the_formula(const double* rows, Pass prepare, Pass apply) {
     const State before = random_state(), expected = expected_state<Formula>(before, rows);
@@ -92,7 +102,7 @@ void variant_gives_the_bits_of_the_formula(const double* rows, Pass prepare, Pas
     for (int64_t step : {1, 4}) {
         State state = before;
         UpdateRun run;
-        const UpdateArgs args = run.args(state, rows);
+        const UpdateArgs args = run.args(state, rows, step == 4);
         prepare(args, 0, 3);
         for (int64_t chunk = 0; chunk < 4; chunk += step) apply(args, chunk, chunk + step);
         CHECK(state == expected);
