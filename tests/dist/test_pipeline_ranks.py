@@ -270,6 +270,21 @@ def test_freezing_a_stage_is_followed(hostile: bool) -> None:
     assert run_ranks(2, freezes, hostile=hostile) == [[True, False, True], [True, True, True]]
 
 
+def leaves_messages(schedule: str) -> list[int]:
+    per_rank = 2 if schedule == "interleaved" else 1
+    engine = engine_of(module(rows(), 2, stages_per_rank=per_rank), pipeline={"schedule": schedule})
+    for _ in range(2):
+        engine.train_batch(pairs(2))
+    (step,) = engine._runner._steps.values()
+    return [len(stage._leaving) + len(stage._arriving) for stage in step._early]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_messages_are_under_way_early_and_all_have_come_when_a_step_ends(schedule: str) -> None:
+    stages = 2 if schedule == "interleaved" else 1
+    assert run_ranks(2, leaves_messages, schedule) == [[0] * stages] * 2
+
+
 def loads_whole() -> bool:
     spec = TiedLayerSpec("t", nn.Linear, 3, 3)
     engine = engine_of(module([spec, *rows(2), spec], 2))
