@@ -59,6 +59,12 @@ def _mmap() -> Any:
 _blanks: list[Blank] = []  # the largest last; views of any age may still look at any of them
 
 
+def clear_all() -> None:
+    """Let all of this process read as NaN again."""
+    for each in _blanks:
+        each.clear()
+
+
 def blank_of(nbytes: int) -> Blank:
     """One of at least so many bytes, shared by all of this process; it stays until the process ends."""
     if not _blanks or _blanks[-1].nbytes < nbytes:

@@ -23,6 +23,11 @@ CAN_BLANK = blank.SUPPORTED and _at_address is not None and hasattr(torch.Untype
 _DO = "take views anew where the weights are whole, or keep a clone() of the values"
 
 
+def begin_anew() -> None:
+    """A new engine begins: what views of others' weights wrote is none of its business."""
+    blank.clear_all()
+
+
 class Absence:
     """What views of one group's full weights meet while those are away.
 

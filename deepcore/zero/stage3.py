@@ -13,6 +13,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from deepcore.comm.mesh import Axis
+from deepcore.sharding import stale
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.sharded_group import ShardedGroup
@@ -58,6 +59,7 @@ class Stage3(ShardedGradients):
 
     def attach(self) -> None:
         super().attach()
+        stale.begin_anew()
         self._handles = watch_modules(self.traffic.watched, self.traffic)
         self.traffic.invalidate()
 
