@@ -14,9 +14,8 @@ import torch
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: steepest at 0, singular values end within about 0.7 to 1.2
 EPS = 1e-7  # smallest norm to divide by
 METHODS = ("standard", "gram")
-LARGE = (
-    1 << 16
-)  # elements: from there on a CPU takes one matrix after the other, whose products then stay in its caches
+# Elements: from there on a CPU takes one matrix after the other, whose products then stay in its caches.
+LARGE = 1 << 16
 
 
 def orthogonalize(matrices: torch.Tensor, *, method: str, steps: int, dtype: torch.dtype) -> torch.Tensor:
