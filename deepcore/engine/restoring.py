@@ -30,6 +30,8 @@ from deepcore.engine.optimizer_restoring import OptimizerRestorer, require_group
 from deepcore.engine.saved_state import require_alike, require_state, understood
 from deepcore.engine.saving import require_folder
 from deepcore.errors import CheckpointError, UsageError
+from deepcore.optim.client import ClientOptimizer
+from deepcore.optim.schedules.base import Schedule
 from deepcore.zero.gather import load_weights
 
 if TYPE_CHECKING:
@@ -239,10 +241,11 @@ class _Restorer:
         engine, state = self._engine, self._plain
         if self._with_optimizer and state["optimizer"]:
             for live, saved in zip(engine.optimizer.param_groups, state["optimizer"]["groups"], strict=True):
-                require_alike(self._reader, "a param_group", live, saved["options"])
-        now = getattr(engine.lr_scheduler, "state_dict", None)
-        if callable(now) and isinstance(state["schedule"], dict):
-            require_alike(self._reader, "the schedule", now(), state["schedule"])
+                foreign = isinstance(engine.optimizer, ClientOptimizer)
+                require_alike(self._reader, "a param_group", live, saved["options"], lists_grow=foreign)
+        # What other schedules keep is their own affair: a history of metrics grows, a best value begins as infinity.
+        if isinstance(engine.lr_scheduler, Schedule) and isinstance(state["schedule"], dict):
+            require_alike(self._reader, "the schedule", engine.lr_scheduler.state_dict(), state["schedule"])
 
     def adopt(self) -> None:
         """Let the module's weights follow what was read. Collective."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deepcore.checkpoint.reader import Reader
-from deepcore.errors import CheckpointError
+from deepcore.errors import CheckpointError, DeepcoreError
 
 _LATER = {"draws"}  # what the first versions did not write
 _CHOSEN = {"foreach", "fused"}  # flags of torch's optimizers that are None until someone chooses
@@ -42,6 +42,8 @@ def understood(reader: Reader, what: str) -> Iterator[None]:
     """Values that nobody can make anything of are an error of the checkpoint, whoever stumbles over them."""
     try:
         yield
+    except DeepcoreError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(
             f"{reader.path} has {what} that cannot be taken over",
@@ -51,15 +53,20 @@ def understood(reader: Reader, what: str) -> Iterator[None]:
         ) from error
 
 
-def require_alike(reader: Reader, what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+def require_alike(
+    reader: Reader, what: str, live: Mapping[str, Any], saved: Mapping[str, Any], *, lists_grow: bool = False
+) -> None:
     """Raise where a saved value is of another kind than the one that it is to replace.
+
+    Args:
+        lists_grow: a list may be of another length: not ours, and maybe a record of what happened.
 
     Raises:
         CheckpointError: a string in the place of a number, for example, which would fail at the next step.
     """
     for key in live.keys() & saved.keys():
         unset = key in _CHOSEN and saved[key] is None
-        if not unset and not _alike(live[key], saved[key]):
+        if not unset and not _alike(live[key], saved[key], lists_grow):
             raise CheckpointError(
                 f"{reader.path} has another kind of '{key}' for {what}",
                 got=repr(saved[key])[:80],
@@ -68,14 +75,14 @@ def require_alike(reader: Reader, what: str, live: Mapping[str, Any], saved: Map
             )
 
 
-def _alike(live: Any, saved: Any) -> bool:
+def _alike(live: Any, saved: Any, lists_grow: bool) -> bool:
     if isinstance(live, (list, tuple)):
-        same = isinstance(saved, (list, tuple)) and len(live) == len(saved)
-        return same and all(_alike(a, b) for a, b in zip(live, saved, strict=True))
+        same = isinstance(saved, (list, tuple)) and (len(live) == len(saved) or (lists_grow and type(live) is list))
+        return same and all(_alike(a, b, lists_grow) for a, b in zip(live, saved, strict=False))
     if isinstance(live, (int, float, torch.Tensor)):  # flags among them, as 0 and 1 too
         if isinstance(saved, torch.Tensor):
             return saved.numel() == (live.numel() if isinstance(live, torch.Tensor) else 1)
-        return type(saved) is bool or (_is_number(saved) and abs(saved) < 1 << 62)
+        return type(saved) in (bool, float) or (type(saved) is int and abs(saved) < 1 << 62)
     return live is None or isinstance(saved, type(live))
 
 

@@ -251,6 +251,42 @@ def test_nested_state_of_a_client_goes_on(tmp_path: Path) -> None:
     assert train(fresh, 2, 4) == train(engine, 2, 4)
 
 
+class Remembering(torch.optim.lr_scheduler.LambdaLR):
+    """Keeps a history, which grows, and a best value, which begins as infinity."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.history: list[int] = []
+        self.best = float("inf")
+        super().__init__(optimizer, lambda _: 1.0)
+
+    def step(self, epoch: int | None = None) -> None:
+        self.history.append(self.last_epoch)
+        super().step()
+
+
+def test_what_a_users_schedule_and_optimizer_remember_may_have_grown(tmp_path: Path) -> None:
+    def fresh() -> Any:
+        model = build(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        optimizer.param_groups[0] |= {"seen": [0], "limit": float("inf")}
+        engine = start(model, optimizer)
+        engine.lr_scheduler = Remembering(optimizer)
+        return engine
+
+    engine = fresh()
+    step(engine, 0, 1, 2)
+    engine.optimizer.param_groups[0]["seen"] += [1, 2]
+    engine.save_checkpoint(tmp_path)
+    saved = engine.lr_scheduler.state_dict()
+    engine.destroy()
+    engine = fresh()
+    engine.load_checkpoint(tmp_path)
+    assert engine.lr_scheduler.state_dict() == saved
+    assert len(saved["history"]) == 4
+    assert engine.optimizer.param_groups[0]["seen"] == [0, 1, 2]
+    engine.destroy()
+
+
 def test_parts_can_be_left_out(tmp_path: Path) -> None:
     schedule = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}
     engine = start(**schedule)
