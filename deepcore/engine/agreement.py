@@ -102,12 +102,17 @@ class StageAgreement(Agreement):
     def sum_shared(self) -> None:
         if self._ties:
             self._arena.settle()
-        works = [tie.axis.all_reduce(self._arena.grads[group]) for tie in self._ties for group in tie.groups]
-        for work in works:
-            work.wait()
+        under_way = []
         for tie in self._ties:
             for group in tie.groups:
-                self._arena.rewritten(group)
+                there = self._arena.grads[group].to(self._arena.device)  # from the host, where it is offloaded
+                under_way.append((group, there, tie.axis.all_reduce(there)))
+        for group, there, work in under_way:
+            work.wait()
+            home = self._arena.grads[group]
+            if there is not home:
+                home.copy_(there)
+            self._arena.rewritten(group)
 
     def complete(self, statistics: GradientStatistics) -> GradientStatistics:
         found = _completed(statistics, self._axis, self._arena.device, self._first, self._share_use)

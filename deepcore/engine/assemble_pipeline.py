@@ -68,15 +68,6 @@ def _require_offered(settings: Settings, num_stages: int) -> None:
             expected="a model that a rank can call as a whole: for a token at a time stages would wait in turns",
             do='pass the model as one torch.nn.Module; "zero_optimization": {"stage": 3} cuts its weights over ranks',
         )
-    for name in ("offload_optimizer", "offload_param"):
-        device = getattr(settings.zero_optimization, name).device
-        if device != "none":
-            raise ConfigError(
-                f"zero_optimization.{name} is not offered with a pipeline yet",
-                got=f'device "{device}"',
-                expected='"none"',
-                do=f"remove {name}, or add pipeline stages to save memory",
-            )
     if settings.sequence_parallel_size > 1:
         raise ConfigError(
             "sequence_parallel_size is not offered with a pipeline",

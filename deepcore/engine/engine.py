@@ -19,21 +19,19 @@ from deepcore.engine import saving
 from deepcore.engine.clock import Clock
 from deepcore.engine.compilation import CompiledBlocks, restore_blocks
 from deepcore.engine.core import TrainCore, no_gradients, require_loss
-from deepcore.engine.persistence import Persistent
 from deepcore.engine.progress import StepPrinter
-from deepcore.engine.residence import Residence, require_kinds
+from deepcore.engine.resident import Resident
 from deepcore.engine.tensor import PartRanks
 from deepcore.errors import UsageError
 from deepcore.parallel.randomness import forked
 from deepcore.parallel.sequence.binding import unbind
 from deepcore.parallel.tensor.apply import TensorShards
 from deepcore.precision.casts import ForwardCasts
-from deepcore.zero import holdings
 from deepcore.zero.gather import load_weights
 from deepcore.zero.strategy import ZeroStrategy
 
 
-class Engine(CompiledBlocks, Persistent):
+class Engine(CompiledBlocks, Resident):
     """Trains ``module`` as the config says: ``loss = engine(batch); engine.backward(loss); engine.step()``.
 
     An ``nn.Module`` around the model; attributes that it does not have are looked up in the model.
@@ -63,13 +61,11 @@ class Engine(CompiledBlocks, Persistent):
     ) -> None:
         super().__init__()
         self.module = module
-        self.strategy = strategy
-        self.core = core
+        self._move_in(strategy, core)
         self.clock = clock
         self.world = world
         self.mesh = mesh
         self.settings = settings
-        self.residence = Residence(strategy, core)
         self._casts = casts
         self.config: dict[str, Any] = {}
         self.lr_scheduler: Any = None
@@ -77,7 +73,6 @@ class Engine(CompiledBlocks, Persistent):
         self._printer = StepPrinter(settings.steps_per_print, world.rank, world.device, settings.wall_clock_breakdown)
         self._destroyed = False
         self._compiled = []
-        self._holdings: holdings.Holdings | None = None
         self.parts: PartRanks | None = None
         self._backward_since_step = False
         self._closed_window = False  # whether the last step() was at a boundary
@@ -188,12 +183,7 @@ class Engine(CompiledBlocks, Persistent):
 
     def _tear_down(self) -> None:
         whole = self.core is None or self.core.is_alive
-        self.residence.reload()
-        if self._holdings is not None:
-            holdings.release(self._holdings)
-        if self.core is not None:
-            self.core.clear()
-            self.core.kill("engine.destroy() was called")
+        self._retire()
         self.strategy.detach()
         restore_blocks(self._compiled)
         unbind(self.module, self.mesh.sp)
@@ -255,27 +245,6 @@ class Engine(CompiledBlocks, Persistent):
         """Free full weights and buffers that are kept for speed only, between steps. On every rank alike."""
         self.strategy.release_buffers()
 
-    def offload_states(
-        self, include: Any = None, device: Any = "cpu", pin_memory: bool = True, non_blocking: bool = False
-    ) -> None:
-        """Send states to the CPU between steps. Until ``reload_states`` nothing trains, and what is away is unreadable.
-
-        Args:
-            include: of "optim_states", "hp_params" (masters), "lp_params" (weights; in fp32 these are the masters) and
-                "lp_grads"; by default all. Without "lp_params" the model still runs.
-            device: "cpu".
-        """
-        self.residence.offload(require_kinds(include, device), pin_memory=pin_memory, non_blocking=non_blocking)
-
-    def reload_states(self, non_blocking: bool = False) -> None:
-        """Bring back what ``offload_states`` sent away."""
-        self.residence.reload(non_blocking=non_blocking)
-
-    def take_charge(self, held: holdings.Holdings) -> None:
-        """Let the functions of ``deepcore.zero`` find this engine by its parameters, until ``destroy``."""
-        self._holdings = self.residence.holdings = held
-        holdings.register(self.module, held)
-
     def join_parts(self, shards: TensorShards | None) -> None:
         """Compute on a part of each layer, together with the ranks that hold the others."""
         self.parts = None if shards is None else PartRanks(shards, self.mesh.world)
@@ -289,18 +258,6 @@ class Engine(CompiledBlocks, Persistent):
             return self.parts.randomness(self.mesh.zero_axis.rank, draws=self.training)
         sp = self.mesh.sp
         return nullcontext() if sp.size == 1 else forked(self.device, sp.rank)
-
-    def _require_core(self, verb: str) -> TrainCore:
-        if self.core is None:
-            raise UsageError(
-                f"{verb} on an engine without an optimizer",
-                got="initialize() was given no optimizer and the config names none",
-                expected="an optimizer",
-                do="pass optimizer=... or add an optimizer section to the config",
-            )
-        self.core.require_alive()
-        self.residence.require_home(verb)
-        return self.core
 
     def __getattr__(self, name: str) -> Any:
         try:

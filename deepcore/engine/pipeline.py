@@ -18,8 +18,8 @@ from deepcore.config import Settings
 from deepcore.engine.assemble import Parts
 from deepcore.engine.core import TrainCore, require_loss, split_divisor
 from deepcore.engine.microbatches import MicroBatches
-from deepcore.engine.persistence import Persistent
 from deepcore.engine.progress import StepPrinter
+from deepcore.engine.resident import Resident
 from deepcore.engine.saving_stages import save_stages
 from deepcore.engine.step_losses import StepLosses
 from deepcore.engine.stepping import Gate
@@ -29,11 +29,10 @@ from deepcore.parallel.pipeline.chunk import Feed
 from deepcore.parallel.pipeline.module import PipelineModule
 from deepcore.parallel.pipeline.runner import PipelineRunner
 from deepcore.parallel.pipeline.weighting import split_loss
-from deepcore.zero import holdings
 from deepcore.zero.gather import load_weights
 
 
-class PipelineEngine(Persistent):
+class PipelineEngine(Resident):
     """Trains a ``PipelineModule`` as the config says: ``loss = engine.train_batch(data_iter)``.
 
     Every rank calls every method. ``gradient_accumulation_steps`` is the number of micro-batches that are in the
@@ -54,7 +53,8 @@ class PipelineEngine(Persistent):
     def __init__(self, module: PipelineModule, parts: Parts, world: World, mesh: Mesh, settings: Settings) -> None:
         super().__init__()
         self.module = module
-        self.strategy, self.core, self.clock = parts.strategy, parts.core, parts.clock
+        self._move_in(parts.strategy, parts.core)
+        self.clock = parts.clock
         self.world, self.mesh, self.settings = world, mesh, settings
         self.config: dict[str, Any] = {}
         self.lr_scheduler: Any = None
@@ -71,7 +71,6 @@ class PipelineEngine(Persistent):
         self._losses, self._weighted = StepLosses(mesh, world.device), False
         self._additional: dict[str, torch.Tensor] | None = None
         self._closed_window = self._destroyed = False
-        self._holdings: holdings.Holdings | None = None
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -141,6 +140,7 @@ class PipelineEngine(Persistent):
             raise UsageError(
                 "reduce_output is unknown", got=repr(reduce_output), expected=expected, do="use one of them"
             )
+        self.residence.require_home("eval_batch", "lp_params")
         loss_fn = self._require_loss_fn("eval_batch") if compute_loss else None
         num_micro = num_micro_batches or self.clock.accumulation
         trains = self.module.training
@@ -284,6 +284,7 @@ class PipelineEngine(Persistent):
 
         Collective where ranks share layers.
         """
+        self.residence.require_home("module_state_dict", "lp_params")
         state = self.module.state_dict()
         if self.parts is not None:
             state = self.parts.shards.whole_state(state)
@@ -315,11 +316,6 @@ class PipelineEngine(Persistent):
         """The first stage that holds a tied module saves its buffers: copies may have seen other inputs."""
         return self.module.holds_first(name)
 
-    def take_charge(self, held: holdings.Holdings) -> None:
-        """Let the functions of ``deepcore.zero`` find this engine by its parameters, until ``destroy``."""
-        self._holdings = held
-        holdings.register(self.module, held)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients; none remain after ``train_batch`` anyway."""
         if self.core is not None:
@@ -328,26 +324,12 @@ class PipelineEngine(Persistent):
 
     def _tear_down(self) -> None:
         whole = self.core is None or self.core.is_alive
-        if self._holdings is not None:
-            holdings.release(self._holdings)
-        if self.core is not None:
-            self.core.clear()
-            self.core.kill("engine.destroy() was called")
+        self._retire()
         self._runner.forget()
+        self.residence.release()
         if self.parts is not None:
             self.parts.shards.release(whole=whole)
         self.mesh.destroy()
-
-    def _require_core(self, verb: str) -> TrainCore:
-        if self.core is None:
-            raise UsageError(
-                f"{verb} on an engine without an optimizer",
-                got="initialize() was given no optimizer and the config names none",
-                expected="an optimizer",
-                do="pass optimizer=... or add an optimizer section to the config",
-            )
-        self.core.require_alive()
-        return self.core
 
     def _require_loss_fn(self, verb: str) -> Callable[[Any, Any], Any]:
         if self.module.loss_fn is None:
