@@ -34,7 +34,7 @@ def build_pipeline_engine(
     model.share_layers(settings.tensor_parallel.size)
     given = None if model_parameters is None else list(model_parameters)
     _place(model, settings)
-    mesh = Mesh.build(world, pp=model.num_stages, tp=settings.tensor_parallel.size)
+    mesh = Mesh.build(world, pp=model.num_stages, sp=settings.sequence_parallel_size, tp=settings.tensor_parallel.size)
     if client is not None or settings.optimizer is not None:
         _require_loss(model)
         _require_trainable(model, mesh.control_axis())
@@ -67,14 +67,6 @@ def _require_offered(settings: Settings, num_stages: int) -> None:
             got=f"a PipelineModule of {num_stages} stages",
             expected="a model that a rank can call as a whole: for a token at a time stages would wait in turns",
             do='pass the model as one torch.nn.Module; "zero_optimization": {"stage": 3} cuts its weights over ranks',
-        )
-    if settings.sequence_parallel_size > 1:
-        raise ConfigError(
-            "sequence_parallel_size is not offered with a pipeline",
-            got=f"{num_stages} stages x {settings.sequence_parallel_size} sequence ranks",
-            expected="pipeline, tensor and data parallelism, or sequence parallelism without a pipeline",
-            do=f'set "tensor_parallel": {{"autotp_size": {settings.sequence_parallel_size}}} in its place, or pass the '
-            "model as one torch.nn.Module and use ZeRO stage 3 with sequence_parallel_size",
         )
 
 

@@ -24,7 +24,6 @@ from deepcore.engine.resident import Resident
 from deepcore.engine.tensor import PartRanks
 from deepcore.errors import UsageError
 from deepcore.parallel.randomness import forked
-from deepcore.parallel.sequence.binding import unbind
 from deepcore.parallel.tensor.apply import TensorShards
 from deepcore.precision.casts import ForwardCasts
 from deepcore.zero.gather import load_weights
@@ -186,7 +185,6 @@ class Engine(CompiledBlocks, Resident):
         self._retire()
         self.strategy.detach()
         restore_blocks(self._compiled)
-        unbind(self.module, self.mesh.sp)
         self.residence.release()
         if self.parts is not None:
             self.parts.shards.release(whole=whole)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from deepcore.comm.exchange import gather_records
+from deepcore.comm.mesh import Axis
 from deepcore.engine.data import RepeatingLoader
 from deepcore.errors import UsageError
 from deepcore.parallel.pipeline.chunk import Feed
@@ -107,4 +109,23 @@ def _require_alike(shapes: list[Hashable]) -> None:
             got=f"number 0: {shapes[0]}; number {odd}: {shapes[odd]}",
             expected="one shape within a step; the next step may have another",
             do="pad them, drop what is short (dataloader_drop_last), or sort the data by length",
+        )
+
+
+def require_parts_alike(parts: Any, axis: Axis) -> None:
+    """Raise on every rank where the ranks of a sequence hold parts of different shapes. Collective.
+
+    Raises:
+        UsageError: they do.
+    """
+    if axis.size == 1:
+        return
+    everyone = gather_records(str(shape_of(parts)), axis)
+    odd = next((rank for rank, shape in enumerate(everyone) if shape != everyone[0]), None)
+    if odd is not None:
+        raise UsageError(
+            "ranks that share a sequence are given parts of different shapes",
+            got=f"{everyone[odd]} on rank {axis.ranks[odd]}, {everyone[0]} on rank {axis.ranks[0]}",
+            expected="parts of one length: what does not divide is padded",
+            do="cut whole batches by deepcore.sequence.shard_batch(batch, engine.mesh.sp), in engine.set_batch_fn(fn)",
         )

@@ -17,7 +17,7 @@ from deepcore.comm.setup import World
 from deepcore.config import Settings
 from deepcore.engine.assemble import Parts
 from deepcore.engine.core import TrainCore, require_loss, split_divisor
-from deepcore.engine.microbatches import MicroBatches
+from deepcore.engine.microbatches import MicroBatches, require_parts_alike
 from deepcore.engine.progress import StepPrinter
 from deepcore.engine.resident import Resident
 from deepcore.engine.saving_stages import save_stages
@@ -29,6 +29,7 @@ from deepcore.parallel.pipeline.chunk import Feed
 from deepcore.parallel.pipeline.module import PipelineModule
 from deepcore.parallel.pipeline.runner import PipelineRunner
 from deepcore.parallel.pipeline.weighting import split_loss
+from deepcore.parallel.randomness import forked
 from deepcore.zero.gather import load_weights
 
 
@@ -64,7 +65,8 @@ class PipelineEngine(Resident):
             module, mesh.pp, settings.pipeline.schedule, self._call, self._loss_of, self._around_backward
         )
         self.parts = None if parts.shards is None else PartRanks(parts.shards, mesh.world)
-        self._gate = Gate(mesh.control_axis(), self._runner, module, mesh.tp.size, self._require_shared)
+        sharing = mesh.sp.size * mesh.tp.size
+        self._gate = Gate(mesh.control_axis(), self._runner, module, sharing, self._require_shared)
         self._batches = MicroBatches(world.device, inputs=self.is_first_stage(), labels=self.is_last_stage())
         self._printer = StepPrinter(settings.steps_per_print, world.rank, world.device, settings.wall_clock_breakdown)
         self._seed, self._rest = 1.0, 1.0  # of this step: what losses and reduced sums are multiplied, divided by
@@ -226,7 +228,8 @@ class PipelineEngine(Resident):
             self._batches.set_loader(self.training_dataloader)
         if self.module.seed_layers:
             earlier = self.clock.global_samples // self.clock.micro_batch  # of all replicas, also before a load
-            first_seed = earlier + self.mesh.dp.rank * num_micro
+            part = self.mesh.sp.rank << 20  # far away, and within the 32 bits that torch's CPU generator looks at
+            first_seed = earlier + self.mesh.dp.rank * num_micro + part
         check = None if loss_fn is None else lambda output, labels: _checked(loss_fn(output, labels), self.module)
 
         def take() -> Feed:
@@ -237,14 +240,16 @@ class PipelineEngine(Resident):
         return self._gate.open(take, num_micro, check)
 
     def _require_shared(self, feed: Feed) -> None:
-        """That all ranks which share this rank's layers are given the same. Collective over them."""
+        """That ranks with parts of a layer are given the same, and those of a sequence parts alike. Collective."""
         require_same_inputs((feed.inputs, feed.labels), self.mesh.tp)
+        require_parts_alike((feed.inputs, feed.labels), self.mesh.sp)
 
     def _randomness(self, stage: int) -> AbstractContextManager[None]:
-        """Ranks that hold parts of a stage's layers draw alike, but between two such layers."""
-        if self.parts is None:
-            return nullcontext()
-        return self.parts.randomness_of_stage(stage, self.mesh.dp.rank, draws=self.module.training)
+        """Ranks of a sequence draw their own numbers; those with parts of layers alike, but between two of them."""
+        if self.parts is not None:
+            return self.parts.randomness_of_stage(stage, self.mesh.zero_axis.rank, draws=self.module.training)
+        sp = self.mesh.sp
+        return nullcontext() if sp.size == 1 else forked(self.device, sp.rank)
 
     def _call(self, stage: int, inputs: Any, seed: int | None) -> Any:
         with self._casts.region(), self._randomness(stage):

@@ -11,6 +11,7 @@ from deepcore.engine.core import TrainCore
 from deepcore.engine.persistence import Persistent
 from deepcore.engine.residence import Residence, require_kinds
 from deepcore.errors import UsageError
+from deepcore.parallel.sequence.binding import unbind
 from deepcore.zero import holdings
 from deepcore.zero.strategy import ZeroStrategy
 
@@ -72,3 +73,4 @@ class Resident(Persistent):
         if self.core is not None:
             self.core.clear()
             self.core.kill("engine.destroy() was called")
+        unbind(self.module, self.mesh.sp)

@@ -25,7 +25,7 @@ class StepLosses:
         self._further: dict[str, torch.Tensor] = {}
 
     def _one_of_all(self, total: torch.Tensor) -> torch.Tensor:
-        """The sum over the world, where ranks that share layers, and so have the same losses, count once."""
+        """The sum over the world, where ranks that hold parts of layers, and so have the same losses, count once."""
         if self._mesh.tp.rank:
             total.zero_()
         self._mesh.world.all_reduce(total).wait()
@@ -51,21 +51,24 @@ class StepLosses:
         if self._counts:
             total[1] = torch.stack(self._counts).sum()
         total = self._one_of_all(total)
-        by_micro = total[0] / (num_micro * self._mesh.dp.size)
+        by_micro = total[0] / (num_micro * self._mesh.zero_axis.size)
         return torch.where(total[1] > 0, total[0] / total[1].clamp_min(1), by_micro).float()
 
     def each(self, num_micro: int) -> list[torch.Tensor]:
-        """This replica's losses, one per micro-batch, on all of its ranks. Collective over the pipeline."""
-        values = torch.zeros(num_micro, dtype=torch.float64, device=self._device)
+        """This replica's losses, one per micro-batch, on all of its ranks. Collective over pp and sp."""
+        both = torch.zeros(2, num_micro, dtype=torch.float64, device=self._device)
         if self._losses:
-            values += torch.stack([loss.double().reshape(()) for loss in self._losses])
+            both[0] = torch.stack([loss.double().reshape(()) for loss in self._losses])
         if self._counts:
-            values /= torch.stack(self._counts).reshape(-1).clamp_min(1)
-        self._mesh.pp.all_reduce(values).wait()
-        return list(values.float().unbind())
+            both[1] = torch.stack(self._counts).reshape(-1)
+        for axis in (self._mesh.pp, self._mesh.sp):
+            axis.all_reduce(both).wait()
+        totals, counts = both
+        means = torch.where(counts > 0, totals / counts.clamp_min(1), totals / self._mesh.sp.size)
+        return list(means.float().unbind())
 
     def tokens(self) -> torch.Tensor:
-        """(1,) fp64: this replica's tokens, on all of its ranks. Collective over the pipeline."""
+        """(1,) fp64: the tokens of this replica, or of this part of its sequences. Collective over the pipeline."""
         total = torch.zeros(1, dtype=torch.float64, device=self._device)
         if self._counts:
             total += torch.stack(self._counts).sum()
@@ -81,5 +84,5 @@ class StepLosses:
             values[index] += self._further.get(name, 0.0)
         if names:
             values = self._one_of_all(values)
-        means = (values / (num_micro * self._mesh.dp.size)).float().unbind()
+        means = (values / (num_micro * self._mesh.zero_axis.size)).float().unbind()
         return dict(zip(names, means, strict=True))

@@ -23,7 +23,7 @@ class Gate:
 
     Args:
         control: all ranks, in host memory.
-        sharing: ranks, neighbours, that have the same samples.
+        sharing: ranks, neighbours, that have the same samples, or parts of them of one shape.
         require_shared: raises where these have been given different ones; collective over them.
     """
 
@@ -120,7 +120,7 @@ class Gate:
                 raise UsageError(
                     "ranks that share layers are given micro-batches of different shapes",
                     got=f"those of rank {first + odd} have not the shape of those of rank {first}",
-                    expected="the same samples on all ranks of engine.get_tensor_parallel_group()",
+                    expected="the same samples on all ranks of a tensor or sequence parallel group",
                     do="shard samples by engine.get_data_parallel_rank(), not by the global rank",
                 )
 
