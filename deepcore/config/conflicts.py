@@ -98,15 +98,6 @@ def _parallel(settings: Settings) -> Iterator[Problem]:
 def _hybrid(settings: Settings) -> Iterator[Problem]:
     if not settings.hybrid_engine.enabled:
         return
-    size = settings.sequence_parallel_size
-    if size > 1:
-        yield Problem(
-            f"hybrid_engine.enabled with sequence_parallel_size {size} is not offered: no rank has the whole of a "
-            "sequence to continue",
-            got=f"sequence_parallel_size {size}",
-            expected="data and tensor parallelism, at any ZeRO stage",
-            do=f'set "tensor_parallel": {{"autotp_size": {size}}} in its place, or disable hybrid_engine',
-        )
     size, trained = settings.hybrid_engine.inference_tp_size, settings.tensor_parallel.size
     if size not in (1, trained):
         yield Problem(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deepcore.comm.exchange import gather_records
 from deepcore.engine.core import TrainCore
 from deepcore.engine.engine import Engine
 from deepcore.errors import UsageError
@@ -20,6 +21,7 @@ from deepcore.generate.lora import Fusion, find_adapters
 from deepcore.generate.options import Options, read_options
 from deepcore.generate.prompts import read_prompts
 from deepcore.parallel.randomness import mixed
+from deepcore.parallel.sequence.binding import bind
 
 
 class HybridEngine(Engine):
@@ -30,7 +32,8 @@ class HybridEngine(Engine):
     ``train()``, and at the latest when weights change: at a step, or when something is loaded.
 
     Ranks that share layers (``tensor_parallel``) generate together: each call is made by all of them, with the same
-    prompts and options, and every one gets the same tokens.
+    prompts and options, and every one gets the same tokens. Ranks of one sequence generate each by itself, on whole
+    sequences: the same tokens from the same prompts.
 
     Training after a phase is what it would be without it, bit for bit: sampling has generators of its own.
     """
@@ -38,6 +41,11 @@ class HybridEngine(Engine):
     _phase: ExitStack | None = None
     _fusion: Fusion | None = None
     _calls: tuple[int, int] = (-1, 0)  # the step that the last calls of generate came after, and their number
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        shares = self.mesh.sp.size > 1
+        self._common_seed: int | None = gather_records(torch.initial_seed(), self.mesh.sp)[0] if shares else None
 
     def generate(self, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> torch.Tensor:
         """Continue every row of ``input_ids``.
@@ -70,7 +78,7 @@ class HybridEngine(Engine):
             prompts = read_prompts(input_ids, attention_mask, chosen, self.device)
             total = chosen.total_length(prompts.ids.shape[1], self.settings.hybrid_engine.max_out_tokens)
             drawing = self._generator(chosen) if chosen.do_sample else None
-            with self._casts.region(), _evaluating(self.module):
+            with self._casts.region(), _evaluating(self.module), self._whole_sequences():
                 return generator.generate(TokenModel(self.module), prompts, chosen, total, drawing)
         finally:
             if not keeps:
@@ -206,6 +214,18 @@ class HybridEngine(Engine):
             )
         self.residence.require_home(verb, "lp_params")
 
+    @contextmanager
+    def _whole_sequences(self) -> Iterator[None]:
+        """Attention inside sees whole sequences; outside, where parts may be evaluated in a phase too, it does not."""
+        if self.mesh.sp.size == 1:
+            yield
+            return
+        bind(self.module, None)
+        try:
+            yield
+        finally:
+            bind(self.module, self.mesh.sp)
+
     def _generator(self, options: Options) -> torch.Generator:
         """Whoever draws in this call: other numbers on every replica, and in every call unless a seed says which.
 
@@ -218,7 +238,9 @@ class HybridEngine(Engine):
         now = self.clock.global_steps
         self._calls = (now, count + 1 if step == now else 0)
         rank = self.mesh.dp.rank  # the same where layers are shared, as the seed has to be
-        seed = torch.initial_seed() if self.parts is None else self.parts.draws[0]
+        seed = torch.initial_seed() if self._common_seed is None else self._common_seed
+        if self.parts is not None:
+            seed = self.parts.draws[0]
         drawn = (options.seed, rank) if options.seed is not None else (seed, *self._calls, rank)
         return torch.Generator(self.device).manual_seed(mixed(*drawn))
 
