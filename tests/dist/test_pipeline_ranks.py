@@ -330,3 +330,34 @@ def test_seeded_layers_drop_alike_on_any_number_of_stages_and_when_recomputed() 
     assert len(set(expected)) == 3
     assert run_ranks(2, drops, 2, 0) == [expected] * 2
     assert run_ranks(2, drops, 2, 1) == [expected] * 2
+
+
+class Logged(nn.Linear):
+    """Writes down what passes through it: + forward, - backward."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.log = ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            self.log += "+"
+            y.register_hook(lambda _: setattr(self, "log", self.log + "-"))
+        return y
+
+
+def passes(schedule: str) -> str:
+    placed = module([LayerSpec(Logged) for _ in range(3)], 3)
+    engine = engine_of(placed, gradient_accumulation_steps=6, pipeline={"schedule": schedule})
+    engine.train_batch(pairs(6))
+    layer = next(layer for layer in placed.modules() if isinstance(layer, Logged))
+    layer.log = ""
+    engine.train_batch(pairs(6))
+    engine.destroy()
+    return layer.log
+
+
+def test_1f1b_has_one_forward_under_way_for_each_later_stage_and_one_to_hide_messages() -> None:
+    assert run_ranks(3, passes, "1f1b") == ["++++-+-+----", "+++-+-+-+---", "+-+-+-+-+-+-"]
+    assert run_ranks(3, passes, "gpipe") == ["+" * 6 + "-" * 6] * 3

@@ -41,6 +41,10 @@ class TorchStep:
             loss_fn=lambda loss, _place: loss,
             scale_grads=False,
         )
+        if schedule.torch_name == "1F1B" and isinstance(stages[0], EarlyStage) and not stages[0].is_last:
+            # It counts its first forwards by this. With one more under way the next stage's never wait for the way of
+            # a message, nor for a neighbour that was held up; where messages are fused (NCCL) the order has to stay.
+            self._schedule._num_stages += 1
         self._early = [stage for stage in stages if isinstance(stage, EarlyStage)]
         self._holds_last = any(stage.is_last for stage in stages)
         self._places = torch.arange(num_micro)
