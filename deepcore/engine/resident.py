@@ -11,7 +11,7 @@ from deepcore.engine.core import TrainCore
 from deepcore.engine.persistence import Persistent
 from deepcore.engine.residence import Residence, require_kinds
 from deepcore.errors import UsageError
-from deepcore.parallel.sequence.binding import unbind
+from deepcore.parallel.sequence.binding import say_axis, unbind
 from deepcore.zero import holdings
 from deepcore.zero.strategy import ZeroStrategy
 
@@ -34,6 +34,7 @@ class Resident(Persistent):
 
     def take_charge(self, held: holdings.Holdings) -> None:
         """Let the functions of ``deepcore.zero`` find this engine by its parameters, until ``destroy``."""
+        say_axis(self, self.mesh.sp)  # of which a loss asks
         self._holdings = self.residence.holdings = held
         holdings.register(self.module, held)
 
@@ -73,4 +74,4 @@ class Resident(Persistent):
         if self.core is not None:
             self.core.clear()
             self.core.kill("engine.destroy() was called")
-        unbind(self.module, self.mesh.sp)
+        unbind(self, self.mesh.sp)

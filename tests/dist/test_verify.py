@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import deepcore
+from deepcore import sequence
 from deepcore.cli import main
+from deepcore.errors import ConfigError, UsageError
+from deepcore.pipe import PipelineModule
 from tests.dist.pool import run_ranks
+from tests.parity import reader, stages
 from tests.parity.model import batch, build
+from tests.parity.test_sequence_tensor import build_both
 
 
 def settings(**more: Any) -> dict[str, Any]:
@@ -66,6 +74,110 @@ def test_it_names_the_first_tensor_that_differs() -> None:
         assert not passed
         assert name == "back.weight"  # the last of the one group
         assert step == 1
+
+
+def halves(weighted: bool) -> Any:
+    def loss_fn(logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        if not weighted:
+            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return total, labels.numel()
+
+    rows = [row for row in stages.specs(tied=True) if row is not stages._same]
+    return PipelineModule(rows, num_stages=2, loss_fn=loss_fn, partition_method="uniform")
+
+
+def check_pipeline(weighted: bool, **more: Any) -> tuple[bool, set[str], str]:
+    report = deepcore.verify(lambda: halves(weighted), stages.batch, settings(gradient_accumulation_steps=4, **more))
+    return report.passed, {row.name for row in report.differences}, report.table()
+
+
+@pytest.mark.parametrize(
+    ("weighted", "more"),
+    [
+        (True, {"zero_optimization": {"stage": 1}}),
+        pytest.param(False, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, marks=pytest.mark.nightly),
+        pytest.param(True, {"pipeline": {"schedule": "zbv"}}, marks=pytest.mark.nightly),
+    ],
+)
+def test_it_passes_a_pipeline_and_shows_all_of_its_layers(weighted: bool, more: dict[str, Any]) -> None:
+    rows = [row for row in stages.specs(tied=True) if row is not stages._same]
+    names = {name for name in stages.Row(rows).state_dict() if more.get("pipeline") or "seen" not in name}
+    for passed, shown, table in run_ranks(2 if "pipeline" in more else 4, partial(check_pipeline, weighted, **more)):
+        assert passed, table
+        assert shown == names
+
+
+def check_last_stage_broken() -> Any:
+    from deepcore.engine.agreement import StageAgreement
+
+    honest = StageAgreement.sum_shared
+
+    def wrong(self: StageAgreement) -> None:
+        honest(self)
+        if torch.distributed.get_rank() == 1:
+            self._arena.settle()
+            self._arena.grads[0][:1] += 1.0
+            self._arena.rewritten(0)
+
+    StageAgreement.sum_shared = wrong  # type: ignore[method-assign]
+    try:
+        more = settings(gradient_accumulation_steps=4, zero_optimization={"stage": 1})
+        del more["scheduler"]
+        return deepcore.verify(lambda: halves(False), stages.batch, more).first
+    finally:
+        StageAgreement.sum_shared = honest  # type: ignore[method-assign]
+
+
+def test_every_rank_hears_of_a_difference_in_another_ones_layers() -> None:
+    first, second = run_ranks(2, check_last_stage_broken)
+    assert first == second
+    assert first[0] == 1
+    assert int(first[1].split(".")[0]) >= 4  # a layer of the last stage
+
+
+def check_cut(config: dict[str, Any]) -> tuple[bool, str]:
+    def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if "shift_labels" in batch:
+            return sequence.cross_entropy(model(**batch), batch["shift_labels"], sequence.axis_of(model))
+        logits = model(batch["input_ids"], torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    report = deepcore.verify(lambda: build_both(100), reader.batch, config, loss_fn=loss)
+    return report.passed, report.table()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sequence_parallel_size": 2},
+        {"tensor_parallel": {"autotp_size": 2}},
+        pytest.param({"sequence_parallel_size": 2, "tensor_parallel": {"autotp_size": 2}}, marks=pytest.mark.nightly),
+    ],
+)
+def test_it_passes_cut_sequences_and_layers(more: dict[str, Any]) -> None:
+    zero = {"stage": 1 + len(more), "stage3_param_persistence_threshold": 10}
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-5}}
+    for passed, table in run_ranks(4, check_cut, settings(zero_optimization=zero, optimizer=optimizer, **more)):
+        assert passed, table
+        assert "within 5e-05" in table
+
+
+def check_unfit() -> list[str]:
+    found = []
+    both = {"train_micro_batch_size_per_gpu": 3, "optimizer": {"type": "Adam"}, "sequence_parallel_size": 2}
+    for model_fn in (lambda: build(seed=1), lambda: PipelineModule([nn.Linear(2, 2)], 1, loss_fn=stages.loss_fn)):
+        try:
+            deepcore.verify(model_fn, batch, both)
+        except (ConfigError, UsageError) as error:
+            found.append(str(error))
+    return found
+
+
+def test_batches_that_only_their_user_can_cut_are_refused() -> None:
+    for one, other in run_ranks(2, check_unfit):
+        assert "as deepcore.sequence.shard_batch takes it" in one
+        assert "verify compares pipelines on whole sequences" in other
 
 
 SCRIPT = """

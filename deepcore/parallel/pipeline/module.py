@@ -103,6 +103,11 @@ class PipelineModule(nn.Module):
         for index in sorted(mine):
             self._hold(index)
 
+    def hold_all(self) -> None:
+        """Hold every layer here, in one stage, with the weights of any other number of stages. Not for an engine."""
+        self.num_stages = 1
+        self.place(Placement(1))
+
     def _hold(self, index: int) -> None:
         spec = self.layer_specs[index]
         if isinstance(spec, TiedLayerSpec):

@@ -43,6 +43,11 @@ def bind(model: nn.Module, axis: Axis | None) -> None:
         _owners[id(config)] = weakref.ref(module)
 
 
+def say_axis(module: nn.Module, axis: Axis) -> None:
+    """Let ``axis_of`` answer for ``module`` alone: an engine, whose model is bound."""
+    _axes[module] = axis
+
+
 def unbind(model: nn.Module, axis: Axis) -> None:
     """Forget what ``bind`` said of ``model``, where it still holds."""
     for module in model.modules():
