@@ -19,11 +19,17 @@ struct AdamScalars {
     int32_t form;
 };
 
+// The same where parameters are stored rounded at random.
+struct StochasticAdamScalars : AdamScalars, RandomPlace {};
+
 // prepare: segments [begin, end); it also advances their steps. apply: chunks [begin, end).
 DEEPCORE_FOR_EACH_ISA(void adam_prepare(const UpdateArgs& args, int64_t begin, int64_t end) noexcept;
-                      void adam_apply(const UpdateArgs& args, int64_t begin, int64_t end) noexcept;)
+                      void adam_apply(const UpdateArgs& args, int64_t begin, int64_t end) noexcept;
+                      void adam_stochastic_prepare(const UpdateArgs& args, int64_t begin, int64_t end) noexcept;
+                      void adam_stochastic_apply(const UpdateArgs& args, int64_t begin, int64_t end) noexcept;)
 
 // Both passes on a CUDA stream. Returns null, or the CUDA runtime's text for what went wrong.
 const char* launch_adam(const UpdateArgs& args, void* stream) noexcept;
+const char* launch_adam_stochastic(const UpdateArgs& args, void* stream) noexcept;
 
 }  // namespace deepcore

@@ -77,4 +77,13 @@ struct Adam {
     }
 };
 
+// The same formula; what it gives is stored rounded at random.
+struct StochasticAdam : Adam {
+    using Scalars = StochasticAdamScalars;
+
+    DEEPCORE_FN Scalars scalars(const double* row, double t, float grad_scale, int num_states) {
+        return {Adam::scalars(row, t, grad_scale, num_states), {}};
+    }
+};
+
 }  // namespace deepcore

@@ -1,6 +1,6 @@
 // Owns the CPU kernels of the cast stem; compiled once per instruction set, see core/host_device.h.
 // Knows nothing of threads: the caller hands out ranges of elements.
-#include "cast/cast_math.h"
+#include "cast/cast_random_cpu.h"
 #include "core/simd.h"
 
 namespace deepcore {
@@ -41,35 +41,14 @@ void round_to_nearest_from(const CastArgs& args, int64_t begin, int64_t end) {
     if (args.out_dtype == DType::f16) round_to_nearest<From, f16>(args, begin, end);
 }
 
-// Blocks whose random bits are made side by side. Loops of constant length over arrays of one word each: these the
-// compiler turns into vectors.
-constexpr int64_t kBlocksTogether = 64;
-constexpr int64_t kRandomTile = kCastBlock * kBlocksTogether;
-
-// The 16 bits of each element of a tile.
-void draw(uint64_t block, uint64_t key, uint16_t (&random)[kRandomTile]) {
-    uint32_t a[kBlocksTogether], b[kBlocksTogether], c[kBlocksTogether], d[kBlocksTogether], words[4 * kBlocksTogether];
-    for (int64_t k = 0; k < kBlocksTogether; ++k) philox(block + static_cast<uint64_t>(k), key, a[k], b[k], c[k], d[k]);
-    for (int64_t k = 0; k < kBlocksTogether; ++k)
-        words[4 * k] = a[k], words[4 * k + 1] = b[k], words[4 * k + 2] = c[k], words[4 * k + 3] = d[k];
-    memcpy(random, words, sizeof random);  // their low halves come first
-}
-
-void round_tile(const float* from, uint16_t* to, const uint16_t (&random)[kRandomTile]) {
-    for (int64_t k = 0; k < kRandomTile; ++k) to[k] = round_to_bfloat(bits_of(from[k]), random[k]);
-}
-
 void round_at_random(const CastArgs& args, int64_t begin, int64_t end) {
+    constexpr int64_t kTile = 512;
     const float* const from = static_cast<const float*>(args.source);
     uint16_t* const to = static_cast<uint16_t*>(args.out);
-    uint16_t random[kRandomTile];
-    for (int64_t i = begin; i < end; i += kRandomTile) {
-        draw(static_cast<uint64_t>(i / kCastBlock), static_cast<uint64_t>(*args.seed), random);
-        if (i + kRandomTile <= end) {
-            round_tile(from + i, to + i, random);
-        } else {
-            for (int64_t k = 0; k < end - i; ++k) to[i + k] = round_to_bfloat(bits_of(from[i + k]), random[k]);
-        }
+    uint16_t random[kTile];
+    for (int64_t i = begin; i < end; i += kTile) {
+        draw(static_cast<uint64_t>(i / kCastBlock), 0, static_cast<uint64_t>(*args.seed), random);
+        round_run<kTile>(from + i, to + i, random, end - i < kTile ? end - i : kTile);
     }
 }
 

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kBlockThreads) random_kernel(CastArgs args) {
             if (begin + k < args.numel) bits[k] = __float_as_uint(from[k]);
         }
     }
-    philox(static_cast<uint64_t>(block), static_cast<uint64_t>(*args.seed), words[0], words[1], words[2], words[3]);
+    philox(static_cast<uint64_t>(block), 0, static_cast<uint64_t>(*args.seed), words[0], words[1], words[2], words[3]);
     uint16_t rounded[kCastBlock];
 #pragma unroll
     for (int k = 0; k < kCastBlock; ++k) {

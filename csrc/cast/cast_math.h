@@ -6,12 +6,14 @@
 
 namespace deepcore {
 
-// Four words from a key and a counter whose upper half is zero. Element i of a tensor uses the 16 bits number i % 8,
-// from the low ones of word 0 on, of the block with counter i / 8: the bits depend on nothing but the seed and the
-// place.
-DEEPCORE_FN void philox(uint64_t counter, uint64_t key, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+// Four words from a key and the two halves of a counter. Element i uses the 16 bits number i % 8, from the low ones of
+// word 0 on, of the block with counter i / 8: the bits depend on nothing but the seed, the place, and what the upper
+// half says. That is zero in a cast; in an update it is what `random_stream` gives.
+DEEPCORE_FN void philox(uint64_t counter, uint64_t upper, uint64_t key, uint32_t& a, uint32_t& b, uint32_t& c,
+                        uint32_t& d) {
     uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
-    a = static_cast<uint32_t>(counter), b = static_cast<uint32_t>(counter >> 32), c = 0, d = 0;
+    a = static_cast<uint32_t>(counter), b = static_cast<uint32_t>(counter >> 32);
+    c = static_cast<uint32_t>(upper), d = static_cast<uint32_t>(upper >> 32);
     for (int round = 0; round < 10; ++round) {
         const uint64_t first = static_cast<uint64_t>(a) * 0xd2511f53u, second = static_cast<uint64_t>(c) * 0xcd9e8d57u;
         a = static_cast<uint32_t>(second >> 32) ^ b ^ key0;
@@ -21,6 +23,21 @@ DEEPCORE_FN void philox(uint64_t counter, uint64_t key, uint32_t& a, uint32_t& b
         key0 += 0x9e3779b9u;
         key1 += 0xbb67ae85u;
     }
+}
+
+// Those of four elements from number `place` on, the first in the low 16 bits.
+DEEPCORE_FN uint64_t random_bits(uint64_t place, uint64_t upper, uint64_t key) {
+    uint32_t a, b, c, d;
+    philox(place / 8, upper, key, a, b, c, d);
+    uint64_t low = a | static_cast<uint64_t>(b) << 32, high = c | static_cast<uint64_t>(d) << 32;
+    const int skip = static_cast<int>(place % 8) * 16;
+    if (skip >= 64) low = high;
+    if (skip > 64) {
+        philox(place / 8 + 1, upper, key, a, b, c, d);
+        high = a | static_cast<uint64_t>(b) << 32;
+    }
+    const int shift = skip % 64;
+    return shift == 0 ? low : low >> shift | high << (64 - shift);
 }
 
 // Up with the probability that the dropped bits say, away from zero in that case: random is one of 2^16 equally likely

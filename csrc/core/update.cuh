@@ -24,6 +24,18 @@ struct UpdateBatch {
 
 static_assert(sizeof(UpdateBatch) <= 32764, "the limit of kernel parameters");
 
+// How parameters are stored. Another way has these members, too.
+struct ToNearest {
+    static constexpr bool kBfloatAlone = false;  // whether parameters are bf16 without copies, known to the compiler
+    template <class Scalars>                     // and the element of the tensor that is number 0 below
+    __device__ __forceinline__ ToNearest(const Scalars&, int64_t) {}
+
+    template <int width>
+    __device__ __forceinline__ void operator()(const TypedPointer& to, int i, const float (&values)[width]) const {
+        keep(to, i, values);
+    }
+};
+
 // One block's elements of one segment; all addresses are those of the first element.
 template <class Formula>
 struct UpdateElements {
@@ -42,8 +54,8 @@ struct UpdateElements {
         return same ? lead : -1;
     }
 
-    template <int width, class Factors>
-    __device__ __forceinline__ void update(int i, const Factors& factors, int form) const {
+    template <int width, class Factors, class Store>
+    __device__ __forceinline__ void update(int i, const Factors& factors, int form, const Store& store) const {
         const RawElements<width> raw_param = fetch<width>(param, i);
         RawElements<width> raw_grad = {};
         if constexpr (Formula::kReadsGrads) raw_grad = fetch<width>(grad, i);
@@ -64,11 +76,11 @@ struct UpdateElements {
             Formula::element(params[j], grads[j], element_states, factors, form);
             for (int k = 0; k < kMaxStates; ++k) new_states[k][j] = element_states[k];
         }
-        keep(param, i, params);
 #pragma unroll
         for (int k = 0; k < Formula::kStates; ++k) {
             if (Formula::kWritesStates && k < num_states) keep(states[k], i, new_states[k]);
         }
+        store(param, i, params);
         keep(copy, i, params);
     }
 };
@@ -79,23 +91,25 @@ __global__ void __launch_bounds__(kBlockThreads) prepare_kernel(UpdateArgs args)
     if (index < args.num_segments) prepare_segment<Formula>(args, index);
 }
 
-template <class Formula>
+template <class Formula, class Store>
 __global__ void __launch_bounds__(kBlockThreads, kUpdateBlocksPerSm)
     apply_kernel(const __grid_constant__ UpdateBatch batch) {
     const int64_t chunk = batch.first_chunk + blockIdx.x;
     const int64_t row = block_segment(batch.segments, batch.num_segments, chunk);
     const Segment segment = batch.segments[row];
-    const auto scalars = static_cast<const typename Formula::Scalars*>(batch.scalars)[row];
+    const auto& kept = static_cast<const typename Formula::Scalars*>(batch.scalars)[row];
+    const auto scalars = kept;
     const int64_t index = segment.tensor - batch.first_tensor;
     if (scalars.form == kLeftAlone || index < 0 || index >= batch.num_tensors) return;
 
     const Span span = chunk_span(segment, chunk);
     const UpdateTensor& tensor = batch.tensors[index];
-    UpdateElements<Formula> elements = {typed(tensor.param, batch.param_dtype, span.begin),
-                                        typed(tensor.grad, batch.grad_dtype, span.begin),
-                                        typed(tensor.copy, batch.copy_dtype, span.begin),
-                                        {},
-                                        Formula::states(scalars.form)};
+    UpdateElements<Formula> elements = {
+        typed(tensor.param, Store::kBfloatAlone ? DType::bf16 : batch.param_dtype, span.begin),
+        typed(tensor.grad, batch.grad_dtype, span.begin),
+        typed(tensor.copy, Store::kBfloatAlone ? DType::none : batch.copy_dtype, span.begin),
+        {},
+        Formula::states(scalars.form)};
 #pragma unroll
     for (int k = 0; k < Formula::kStates; ++k) {
         const DType dtype = Formula::kNarrowStates ? batch.state_dtype : DType::f32;
@@ -103,10 +117,11 @@ __global__ void __launch_bounds__(kBlockThreads, kUpdateBlocksPerSm)
         if (k < elements.num_states) elements.states[k] = typed(tensor.states[k], dtype, span.begin);
     }
     const auto factors = Formula::template spread<float>(scalars);
+    const Store store(kept, span.begin);
     for_each_pack<kTypedPack>(
         static_cast<int>(span.end - span.begin), elements.lead(), threadIdx.x,
-        [&](int i) { elements.template update<kTypedPack>(i, factors, scalars.form); },
-        [&](int i) { elements.template update<1>(i, factors, scalars.form); });
+        [&](int i) { elements.template update<kTypedPack>(i, factors, scalars.form, store); },
+        [&](int i) { elements.template update<1>(i, factors, scalars.form, store); });
 }
 
 template <class Formula>
@@ -137,20 +152,20 @@ const char* for_each_update_batch(const UpdateArgs& args, const Launch& launch) 
                           });
 }
 
-template <class Formula>
+template <class Formula, class Store = ToNearest>
 const char* launch_apply(const UpdateArgs& args, cudaStream_t stream) {
     return for_each_update_batch(args, [&](const UpdateBatch& batch, unsigned blocks) {
-        apply_kernel<Formula><<<blocks, kBlockThreads, 0, stream>>>(batch);
+        apply_kernel<Formula, Store><<<blocks, kBlockThreads, 0, stream>>>(batch);
     });
 }
 
 // Both passes. Returns null, or the CUDA runtime's text for what went wrong.
-template <class Formula>
+template <class Formula, class Store = ToNearest>
 const char* launch_update(const UpdateArgs& args, void* stream_pointer) {
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
     if (args.num_segments == 0) return nullptr;
     if (const char* text = launch_prepare<Formula>(args, stream)) return text;
-    return launch_apply<Formula>(args, stream);
+    return launch_apply<Formula, Store>(args, stream);
 }
 
 }  // namespace

@@ -2,8 +2,11 @@
 // Knows nothing of any one formula. A formula is a struct with: kColumns of its hyperparameter row, kStates, kForms
 // (variants of the formula, compiled apart where that pays), kReadsGrads, kWritesStates, kNarrowStates (they may be of
 // 16 bits), Scalars (POD, with `form`), Factors<V> and spread (Scalars over the lanes of V), states(form) (how many of
-// its states that variant touches), scalars(row, t, grad_scale, num_states), element.
+// its states that variant touches), scalars(row, t, grad_scale, num_states), element. Where RandomPlace is a base of
+// its Scalars, parameters are stored rounded at random.
 #pragma once
+
+#include <type_traits>
 
 #include "core/cpu_dispatch.h"
 #include "core/dtype.h"
@@ -35,7 +38,31 @@ struct UpdateArgs {
     void* scalars;            // (num_segments,) scratch of the formula's Scalars: prepare writes, apply reads
     int num_states;           // that were given: states[k] is null from there on
     bool by_segment;          // tensors[row] is of that segment: its gradient lies apart from the others; CPU only
+
+    // Where parameters are rounded at random, on the tensors' device.
+    const int64_t* origins =
+        nullptr;                    // (num_segments, 2): number of the parameter, its element that the segment begins
+    const int64_t* seed = nullptr;  // (1,)
 };
+
+// Which random bits the parameters of a segment add before they are cut to bf16. They follow from the seed, the
+// parameter, the step and the place of an element in its parameter: from nothing that a shard or a thread could change.
+struct RandomPlace {
+    uint64_t seed, stream;
+    int64_t shift;  // element i of the tensor is number i + shift of the parameter
+};
+
+// The upper half of philox's counter.
+DEEPCORE_FN uint64_t random_stream(int64_t param, float t) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(t)) << 32 | static_cast<uint32_t>(param);
+}
+
+DEEPCORE_FN void set_random_place(const UpdateArgs& args, int64_t index, float t, RandomPlace& place) {
+    const int64_t* const origin = args.origins + 2 * index;
+    place.seed = static_cast<uint64_t>(*args.seed);
+    place.stream = random_stream(origin[0], t);
+    place.shift = origin[1] - args.segments[index].begin;
+}
 
 // The addresses for segment `row`; a gradient that lies apart is addressed as if it were part of a longer one.
 DEEPCORE_FN const UpdateTensor& tensor_of(const UpdateArgs& args, int64_t row) {
@@ -56,6 +83,7 @@ DEEPCORE_FN void prepare_segment(const UpdateArgs& args, int64_t index) {
     args.steps[index] = t;
     const double* row = args.hyper + args.segments[index].hyper * Formula::kColumns;
     scalars = Formula::scalars(row, t, *args.grad_scale, args.num_states);
+    if constexpr (std::is_base_of_v<RandomPlace, typename Formula::Scalars>) set_random_place(args, index, t, scalars);
 }
 
 }  // namespace deepcore

@@ -83,6 +83,19 @@ void update_run_in_form(const UpdateRun& at, int64_t numel, const typename Formu
     }
 }
 
+// How parameters of 16 bits are stored. Another way has these members, too; it is made from a segment's scalars.
+struct ToNearest {
+    template <class Scalars>
+    explicit ToNearest(const Scalars&) {}
+
+    // Elements before `begin` that are worked on with it: the tile that begins there is shorter by as many.
+    int64_t lead(int64_t) const { return 0; }
+
+    void keep(const float* from, void* to, DType dtype, int64_t begin, int64_t numel) const {
+        narrow(from, to, dtype, begin, numel);
+    }
+};
+
 // Where a run is worked on: in the tensors themselves, or in tiles.
 template <class Formula>
 struct Tile {
@@ -111,22 +124,25 @@ struct Tile {
         return at;
     }
 
-    void close(int64_t begin, int64_t numel) const {
-        narrow(params, tensor.param, args.param_dtype, begin, numel);
+    template <class Store>
+    void close(const Store& store, int64_t begin, int64_t numel) const {
+        store.keep(params, tensor.param, args.param_dtype, begin, numel);
         for (int k = 0; k < used && !wide_states(); ++k)
             narrow(states[k], tensor.states[k], args.state_dtype, begin, numel);
     }
 };
 
-template <class Formula>
+template <class Formula, class Store>
 void update_chunk(const UpdateArgs& args, const UpdateTensor& tensor, Span span,
                   const typename Formula::Scalars& scalars) {
     Tile<Formula> tile(args, tensor, Formula::states(scalars.form));
+    const Store store(scalars);
     const int64_t step = tile.step();
-    for (int64_t begin = span.begin; begin < span.end; begin += step) {
-        const int64_t numel = begin + step < span.end ? step : span.end - begin;
+    for (int64_t begin = span.begin, numel; begin < span.end; begin += numel) {
+        numel = step - store.lead(begin);
+        if (begin + numel > span.end) numel = span.end - begin;
         update_run_in_form<Formula>(tile.open(begin, numel), numel, scalars);
-        tile.close(begin, numel);
+        tile.close(store, begin, numel);
     }
 }
 
@@ -135,12 +151,12 @@ void prepare_range(const UpdateArgs& args, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) prepare_segment<Formula>(args, index);
 }
 
-template <class Formula>
+template <class Formula, class Store = ToNearest>
 void apply_range(const UpdateArgs& args, int64_t begin, int64_t end) {
     const auto* const scalars = static_cast<const typename Formula::Scalars*>(args.scalars);
     for_each_chunk(args.segments, args.num_segments, begin, end, [&](int64_t row, int64_t, Span span) {
         if (scalars[row].form == kLeftAlone) return;
-        update_chunk<Formula>(args, tensor_of(args, row), span, scalars[row]);
+        update_chunk<Formula, Store>(args, tensor_of(args, row), span, scalars[row]);
     });
 }
 

@@ -1,6 +1,7 @@
 // Owns the check of the adam kernels: every variant gives the bits of the formula for one element.
 // Knows nothing of torch.
 #include "adam/adam_math.h"
+#include "cast/cast_math.h"
 
 #include "update_check.h"
 
@@ -45,6 +46,43 @@ void narrow_states_are_rounded() {
     }
 }
 
+// Element i of a parameter adds the bits that its seed, number and step give to place i.
+uint16_t rounded_at_place(float value, int64_t param, float t, int64_t i, int64_t seed) {
+    uint32_t words[4];
+    philox(static_cast<uint64_t>(i / 8), random_stream(param, t), static_cast<uint64_t>(seed), words[0], words[1],
+           words[2], words[3]);
+    return round_to_bfloat(bits_of(value), words[i % 8 / 2] >> (i % 2 * 16) & 0xffff);
+}
+
+void parameters_are_rounded_at_random() {
+    State state = random_state();
+    std::vector<bf16> params(kNumel);
+    for (int64_t i = 0; i < kNumel; ++i) {
+        store(&params[i], state.p[i]);
+        load(&params[i], state.p[i]);
+    }
+    const State expected = expected_state<Adam>(state, kRows);
+    std::vector<bf16> wanted = params;
+    UpdateRun run;
+    const int64_t seed = -5, origins[6] = {0xffffffff, 3, 7, (int64_t{1} << 40) + 5, 7, 0};
+    for (int64_t row = 0; row < 2; ++row) {
+        const Segment& segment = run.segments[row];
+        for (int64_t k = 0; k < segment.numel; ++k) {
+            wanted[segment.begin + k].bits = rounded_at_place(expected.p[segment.begin + k], origins[2 * row],
+                                                              run.steps[row] + 1, origins[2 * row + 1] + k, seed);
+        }
+    }
+    UpdateArgs args = run.args(state, kRows);
+    args.param_dtype = DType::bf16;
+    args.copy_dtype = DType::none;
+    args.origins = origins;
+    args.seed = &seed;
+    run.tensors[0].param = params.data();
+    DEEPCORE_PICK(adam_stochastic_prepare)(args, 0, 3);
+    DEEPCORE_PICK(adam_stochastic_apply)(args, 0, 4);
+    CHECK(same(params, wanted) && same(state.s0, expected.s0) && same(state.s1, expected.s1));
+}
+
 // At the first step with bias correction m / unbias1 is g and sqrt(v) * unbias2 is |g|: the update is lr * sign(g).
 void first_step_moves_by_the_learning_rate() {
     const double row[] = {0.25, 0.9, 0.999, 0, 0, 0, 1, 0};
@@ -69,6 +107,7 @@ int main() {
               every_variant(kRows);
               every_variant(kLargest);
               narrow_states_are_rounded();
+              parameters_are_rounded_at_random();
           }) > 0);
     return result();
 }

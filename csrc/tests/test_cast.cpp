@@ -46,16 +46,33 @@ void variant_rounds_at_random(const std::vector<float>& values) {
     DEEPCORE_PICK(cast_range)(args, 2000, kNumel);
     for (int64_t i = 0; i < kNumel; ++i) {
         uint32_t words[4];
-        philox(i / 8, static_cast<uint64_t>(seed), words[0], words[1], words[2], words[3]);
+        philox(i / 8, 0, static_cast<uint64_t>(seed), words[0], words[1], words[2], words[3]);
         CHECK(out[i] == round_to_bfloat(bits_of(values[i]), words[i % 8 / 2] >> (i % 2 * 16) & 0xffff));
     }
 }
 
-// The published vectors of Philox4x32-10 for a zero counter and key, and for words of pi in the halves that we use.
+// The published vectors of Philox4x32-10: counter and key of zeros, of ones, of the digits of pi.
 void philox_is_philox() {
     uint32_t a, b, c, d;
-    philox(0, 0, a, b, c, d);
+    philox(0, 0, 0, a, b, c, d);
     CHECK(a == 0x6627e8d5 && b == 0xe169c58d && c == 0xbc57ac4c && d == 0x9b00dbd8);
+    philox(~0ull, ~0ull, ~0ull, a, b, c, d);
+    CHECK(a == 0x408f276d && b == 0x41c83b0e && c == 0xa20bc7c6 && d == 0x6d5451fd);
+    philox(0x85a308d3243f6a88, 0x0370734413198a2e, 0x299f31d0a4093822, a, b, c, d);
+    CHECK(a == 0xd16cfe09 && b == 0x94fdcceb && c == 0x5001e420 && d == 0x24126ea1);
+}
+
+// Four at a time they are the bits of each one's place.
+void random_bits_follow_the_place() {
+    for (uint64_t place = (uint64_t{1} << 35) - 3; place < (uint64_t{1} << 35) + 20; ++place) {
+        const uint64_t bits = random_bits(place, 0x123456789abcdef, 77);
+        for (uint64_t k = 0; k < 4; ++k) {
+            const uint64_t i = place + k;
+            uint32_t words[4];
+            philox(i / 8, 0x123456789abcdef, 77, words[0], words[1], words[2], words[3]);
+            CHECK((bits >> 16 * k & 0xffff) == (words[i % 8 / 2] >> (i % 2 * 16) & 0xffff));
+        }
+    }
 }
 
 void rounding_is_between_the_neighbours() {
@@ -71,6 +88,7 @@ void rounding_is_between_the_neighbours() {
 
 int main() {
     philox_is_philox();
+    random_bits_follow_the_place();
     rounding_is_between_the_neighbours();
     const std::vector<float> values = numbers();
     const int variants = deepcore_test::for_each_variant([&](const char*) {

@@ -1,4 +1,4 @@
-// Owns the CPU binding of adam_: checks, starts the kernels on torch's threads.
+// Owns the CPU bindings of adam_ and adam_stochastic_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formula.
 #include "adam/adam_math.h"
 #include "torch/isa.h"
@@ -18,21 +18,40 @@ void require_largest(const UpdateArgs& args) {
     }
 }
 
+template <class Prepare, class Apply>
+void update(const UpdateCall& call, Prepare prepare, Apply apply) {
+    require_largest(call.args);
+    prepare(call.args, 0, call.args.num_segments);
+    parallel_for(call.num_chunks, 1, [&](int64_t begin, int64_t end) { apply(call.args, begin, end); });
+}
+
 void adam_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
            const TensorList& max_exp_avg_sqs, const TensorList& copies, const Tensor& segments,
            const Tensor& chunk_offsets, const Tensor& hyper, const Tensor& steps, const Tensor& active,
            const Tensor& grad_scale, const Tensor& skip) {
     const std::vector<NamedList> states = {
         {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs, true}};
-    const UpdateCall call = update_call({params, &grads, copies, states, true},
-                                        {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip},
-                                        Adam::kColumns, sizeof(AdamScalars), cpu_device());
-    require_largest(call.args);
-    DEEPCORE_PICK(adam_prepare)(call.args, 0, call.args.num_segments);
-    const auto apply = DEEPCORE_PICK(adam_apply);
-    parallel_for(call.num_chunks, 1, [&](int64_t begin, int64_t end) { apply(call.args, begin, end); });
+    update(update_call({params, &grads, copies, states, true},
+                       {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip}, Adam::kColumns,
+                       sizeof(AdamScalars), cpu_device()),
+           DEEPCORE_PICK(adam_prepare), DEEPCORE_PICK(adam_apply));
+}
+
+void adam_stochastic_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                      const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const Tensor& segments,
+                      const Tensor& chunk_offsets, const Tensor& hyper, const Tensor& steps, const Tensor& active,
+                      const Tensor& grad_scale, const Tensor& skip, const Tensor& origins, const Tensor& seed) {
+    const std::vector<NamedList> states = {
+        {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs, true}};
+    update(update_call({params, &grads, kNoCopies, states, true},
+                       {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip, &origins, &seed},
+                       Adam::kColumns, sizeof(StochasticAdamScalars), cpu_device()),
+           DEEPCORE_PICK(adam_stochastic_prepare), DEEPCORE_PICK(adam_stochastic_apply));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("adam_", TORCH_BOX(&adam_)); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
+    m.impl("adam_", TORCH_BOX(&adam_));
+    m.impl("adam_stochastic_", TORCH_BOX(&adam_stochastic_));
+}

@@ -34,6 +34,8 @@ struct UpdateTables {
     const Tensor &segments, &chunk_offsets, &hyper, &steps, &active;
     const Tensor* grad_scale;  // null where there are no gradients
     const Tensor& skip;
+    const Tensor* origins = nullptr;  // where parameters are rounded at random
+    const Tensor* seed = nullptr;
 };
 
 struct UpdateCall {  // the kernels' arguments, and what they point into
@@ -154,6 +156,23 @@ inline std::vector<UpdateTensor> tensors_by_segment(const UpdateLists& lists, co
     return found;
 }
 
+// Where parameters are rounded at random: from what.
+inline void set_origins(const UpdateLists& lists, const UpdateTables& tables, Device device, UpdateArgs& args) {
+    if (!lists.params.empty() && args.param_dtype != DType::bf16) {
+        fail("params: got %s, expected bfloat16, the one that is rounded at random",
+             dtype_name(lists.params[0].scalar_type()));
+    }
+    const int64_t rows = args.num_segments;
+    args.origins = table_of<const int64_t>("origins", *tables.origins, ScalarType::Long, {rows, 2}, device);
+    args.seed = table_of<const int64_t>("seed", *tables.seed, ScalarType::Long, {1}, device);
+    for (int64_t i = 0; device.is_cpu() && i < rows; ++i) {
+        const int64_t param = args.origins[2 * i], first = args.origins[2 * i + 1];
+        if (param >= 0 && param >> 32 == 0 && first >= 0 && first >> 62 == 0) continue;
+        fail("origins[%lld]: got parameter %lld and element %lld, expected numbers below 2^32 and 2^62", (long long)i,
+             (long long)param, (long long)first);
+    }
+}
+
 // columns: of a hyperparameter row; scalars_size: bytes of what a segment's scalars take.
 inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tables, int64_t columns,
                               int64_t scalars_size, Device device) {
@@ -189,6 +208,7 @@ inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tabl
     args.skip = table_of<const float>("skip", tables.skip, ScalarType::Float, {1}, device);
     args.scalars = call.scratch.memory();
     args.num_states = lists.num_states();
+    if (tables.origins != nullptr) set_origins(lists, tables, device, args);
     return call;
 }
 

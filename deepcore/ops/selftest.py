@@ -115,6 +115,13 @@ def _adam(device: torch.device) -> Arguments:
     ]
 
 
+def _adam_stochastic(device: torch.device) -> Arguments:
+    params, grads, first, second, largest, _, *rest = _adam(device)
+    low = [tensor.bfloat16() for tensor in params]  # type: ignore[attr-defined]
+    origins, seed = torch.tensor([[5, 3], [6, 0]], device=device), torch.tensor([7], device=device)
+    return [low, grads, first, second, largest, *rest, origins, seed]
+
+
 def _elementwise(*hyper: float) -> Callable[[torch.device], Arguments]:
     """Arguments of an optimizer op with one state tensor per parameter and this row of hyperparameters."""
 
@@ -169,6 +176,7 @@ ARGUMENTS: dict[str, Callable[[torch.device], Arguments]] = {
     "cast_": _cast,
     "grad_stats": _grad_stats,
     "adam_": _adam,
+    "adam_stochastic_": _adam_stochastic,
     "lamb_moments_": _lamb_moments,
     "lamb_apply_": _lamb_apply,
     "lion_": _elementwise(0.01, 0.9, 0.99, 0.1),

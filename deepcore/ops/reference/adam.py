@@ -1,14 +1,17 @@
-"""Owns the reference of ``adam_``: Adam (Kingma & Ba 2015), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi 2018).
+"""Owns the references of ``adam_`` and ``adam_stochastic_``.
 
-Knows nothing of parameter groups or schedules; the native kernels perform the same roundings in the same order.
+They are Adam (Kingma & Ba 2015), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi 2018). Knows nothing of parameter groups or
+schedules; the native kernels perform the same roundings in the same order.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 
+from deepcore.ops.reference.cast import random_bits, rounded_at_random
 from deepcore.ops.reference.segments import due, gradients
 from deepcore.ops.reference.segments import flat as memory_of
 
@@ -62,9 +65,61 @@ def adam_(
         grad_scale: fp32 (1,) on the device, multiplies every gradient.
         skip: fp32 (1,) on the device; anything but 0 leaves everything alone, steps included.
     """
+    lists, tables = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs), (segments, steps, active, skip)
+    for _, tensor, part, _, p in _updated(lists, hyper, grad_scale, tables):
+        memory_of(params[tensor])[part].copy_(p)
+        if copies:
+            memory_of(copies[tensor])[part].copy_(p)
+
+
+def adam_stochastic_(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    max_exp_avg_sqs: list[torch.Tensor],
+    segments: torch.Tensor,
+    chunk_offsets: torch.Tensor,
+    hyper: torch.Tensor,
+    steps: torch.Tensor,
+    active: torch.Tensor,
+    grad_scale: torch.Tensor,
+    skip: torch.Tensor,
+    origins: torch.Tensor,
+    seed: torch.Tensor,
+) -> None:
+    """``adam_`` on bf16 parameters without masters: p is stored in bf16 rounded at random, not to nearest.
+
+    Rounded to nearest, an update below half of p's last place (2^-9 of p) leaves p as it was, for ever; so it is kept
+    in the mean. The rounding is that of ``cast_``. Element i of a parameter, in memory order, adds 16 bits of
+    Philox4x32-10 (bits i % 8 * 16 onwards) with the seed as key and a counter of i // 8 in its lower half, the
+    parameter's number and t in its upper one: whatever cuts a parameter, each element gets the same bits.
+
+    Args:
+        params: T dense bf16 tensors.
+        origins: int64 (S, 2) on the device: the parameter that a segment is of, a number below 2^32, and the element
+            of it with which the segment begins.
+        seed: int64 (1,) on the device.
+    """
+    lists, tables = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs), (segments, steps, active, skip)
+    places = origins.tolist()
+    for index, tensor, part, t, p in _updated(lists, hyper, grad_scale, tables):
+        number, first = places[index]
+        bits = random_bits(p.numel(), seed, first, (number, int(t)))
+        memory_of(params[tensor])[part].copy_(rounded_at_random(p, bits))
+
+
+def _updated(
+    lists: tuple[list[torch.Tensor], ...],
+    hyper: torch.Tensor,
+    grad_scale: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+) -> Iterator[tuple[int, int, slice, float, torch.Tensor]]:
+    """Update the states; yield (segment, its tensor, its elements, t, their new values in fp32) for each segment."""
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = lists
     table, scale = hyper.tolist(), grad_scale.reshape(())
-    gradient = gradients(grads, params, segments)
-    for index, tensor, part, row, t in due(segments, steps, active, skip):
+    gradient = gradients(grads, params, tables[0])
+    for index, tensor, part, row, t in due(*tables):
         lr, beta1, beta2, eps, decay, decoupled, correct, amsgrad = table[row]
         unbias1 = 1 - math.pow(beta1, t) if correct else 1.0
         unbias2 = 1 / math.sqrt(1 - math.pow(beta2, t)) if correct else 1.0
@@ -86,19 +141,19 @@ def adam_(
         if decay and decoupled:
             p = p * (1 - lr * decay)
         # torch's own fp32 sqrt on the CPU is off by an ulp for a fifth of all values; this one is exact.
-        p = p - (m / (v.double().sqrt().float() * unbias2 + eps)) * (lr / unbias1)
-        stored.copy_(p)
-        if copies:
-            memory_of(copies[tensor])[part].copy_(p)
+        yield index, tensor, part, t, p - (m / (v.double().sqrt().float() * unbias2 + eps)) * (lr / unbias1)
 
 
 def _fake(*args: object) -> None:
     return None
 
 
-OPS = {
+OPS: dict[str, Callable[..., None]] = {
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] copies, Tensor segments, Tensor chunk_offsets, Tensor hyper, "
-    "Tensor(f!) steps, Tensor active, Tensor grad_scale, Tensor skip) -> ()": adam_
+    "Tensor(f!) steps, Tensor active, Tensor grad_scale, Tensor skip) -> ()": adam_,
+    "adam_stochastic_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor segments, Tensor chunk_offsets, Tensor hyper, Tensor(f!) steps, "
+    "Tensor active, Tensor grad_scale, Tensor skip, Tensor origins, Tensor seed) -> ()": adam_stochastic_,
 }
-FAKES = {"adam_": _fake}
+FAKES = {"adam_": _fake, "adam_stochastic_": _fake}

@@ -33,24 +33,36 @@ def cast_(out: torch.Tensor, source: torch.Tensor, seed: torch.Tensor | None) ->
     if seed is None:
         to.copy_(values)
         return
-    bits = values.view(torch.int32).to(torch.int64) & _WORD
-    rounded = (bits + _random_bits(values.numel(), seed)) >> 16 & 0xFFFF
+    to.copy_(rounded_at_random(values, random_bits(values.numel(), seed)))
+
+
+def rounded_at_random(values: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """fp32 ``values`` in bf16: up where ``bits``, 16 for each, carry."""
+    rounded = ((values.view(torch.int32).to(torch.int64) & _WORD) + bits) >> 16 & 0xFFFF
     rounded = torch.where(torch.isnan(values), 0x7FC0, rounded)
-    to.copy_((rounded - (rounded >> 15 << 16)).to(torch.int16).view(torch.bfloat16))
+    return (rounded - (rounded >> 15 << 16)).to(torch.int16).view(torch.bfloat16)
 
 
-def _random_bits(numel: int, seed: torch.Tensor) -> torch.Tensor:
-    """16 bits for each element, as int64."""
-    counter = torch.arange(-(-numel // _BLOCK), dtype=torch.int64, device=seed.device)
+def random_bits(numel: int, seed: torch.Tensor, first: int = 0, upper: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    """16 bits for each of ``numel`` elements from ``first`` on, as int64; ``upper``: the counter's other two words."""
+    begin = first // _BLOCK
+    counter = torch.arange(begin, -(-(first + numel) // _BLOCK), dtype=torch.int64, device=seed.device)
+    c, d = (torch.full_like(counter, word) for word in upper)
+    words = torch.stack(philox(counter & _WORD, counter >> 32, c, d, seed), dim=1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[first - begin * _BLOCK :][:numel]
+
+
+def philox(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, seed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Philox4x32-10 of counters in four words of 32 bits, held in int64."""
     key0, key1 = seed & _WORD, seed >> 32 & _WORD
-    a, b, c, d = counter & _WORD, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)
     for _ in range(10):
         first, second = a * 0xD2511F53, c * 0xCD9E8D57  # modulo 2^64, which keeps every bit
         a, b = (second >> 32 & _WORD) ^ b ^ key0, second & _WORD
         c, d = (first >> 32 & _WORD) ^ d ^ key1, first & _WORD
         key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
-    words = torch.stack((a, b, c, d), dim=1)
-    return torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:numel]
+    return a, b, c, d
 
 
 def _fake(*args: object) -> None:
