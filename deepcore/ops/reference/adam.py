@@ -1,7 +1,7 @@
 """Owns the references of ``adam_`` and ``adam_stochastic_``.
 
-They are Adam (Kingma & Ba 2015), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi 2018). Knows nothing of parameter groups or
-schedules; the native kernels perform the same roundings in the same order.
+They are Adam (Kingma & Ba 2015), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi 2018). Knows nothing of parameter
+groups or schedules; the native kernels perform the same roundings in the same order.
 """
 
 from __future__ import annotations
