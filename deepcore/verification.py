@@ -14,9 +14,7 @@ import torch
 from deepcore.comm.exchange import gather_records
 from deepcore.config import load
 from deepcore.engine.parity import (
-    LIMIT_CUT,
-    LIMIT_FP32,
-    LIMIT_LOW,
+    LIMITS,
     BatchOf,
     LossOf,
     RowBySlice,
@@ -167,9 +165,8 @@ class _Pipeline:
 
 def _limit(engine: Any) -> float:
     policy = policy_from(engine.settings)
-    if policy.param is not None or policy.autocast is not None:
-        return LIMIT_LOW
-    return LIMIT_CUT if engine.mesh.tp.size * engine.mesh.sp.size > 1 else LIMIT_FP32
+    is_low = policy.param is not None or policy.autocast is not None
+    return LIMITS[is_low, engine.mesh.tp.size * engine.mesh.sp.size > 1]
 
 
 def _comparable(theirs: torch.nn.Module, engine: Any) -> dict[str, Any]:
