@@ -30,6 +30,8 @@ _ADAM: dict[str, Param] = {
     "torch_adam": Param("flag", False, "Use torch's own class."),
     "adam_w_mode": Param("flag", None, "Decoupled weight decay; unset: as the type says."),
     "fp32_optimizer_states": Param("flag", True, "Keep the moments in fp32; false: in bf16."),
+    "stochastic_rounding": Param("flag", False, "Round weights that are kept in bf16, without masters, at random."),
+    "rounding_seed": Param("count", 0, "Seed of stochastic_rounding."),
 }
 _LAMB: dict[str, Param] = {
     "lr": Param("rate", 1e-3, "Learning rate."),

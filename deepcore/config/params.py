@@ -101,11 +101,22 @@ def _refuse_contradictions(kind: str, params: dict[str, Any], ledger: Ledger) ->
             "torch's own Adam keeps its moments as it likes, and optimizer.params.fp32_optimizer_states false denies it"
         )
         ledger.problems.append(Problem(what, do="remove torch_adam, or fp32_optimizer_states"))
+    if params.get("torch_adam") is True and params.get("stochastic_rounding") is True:
+        what = "torch's own Adam rounds to nearest, and optimizer.params.stochastic_rounding denies it"
+        ledger.problems.append(Problem(what, do="remove torch_adam, or stochastic_rounding"))
+    if "rounding_seed" in params and params.get("stochastic_rounding") is not True:
+        what = "optimizer.params.rounding_seed has nothing to seed"
+        ledger.problems.append(Problem(what, do="set stochastic_rounding to true, or remove rounding_seed"))
 
 
 def _drop_idle(params: dict[str, Any]) -> None:
     """Takes out arguments that say what happens anyway and that constructors do not have."""
-    idle = {"torch_adam": False, "fp32_optimizer_states": True, "eps_inside_sqrt": False}
+    idle = {
+        "torch_adam": False,
+        "fp32_optimizer_states": True,
+        "eps_inside_sqrt": False,
+        "stochastic_rounding": False,
+    }
     if params.get("torch_adam") is True:
         idle["bias_correction"] = True
     for name, value in idle.items():

@@ -28,6 +28,7 @@ from deepcore.engine.shared_modules import SharedModules
 from deepcore.engine.tensor import count_once, cut_model, over_parts, put_together, require_optimizer
 from deepcore.engine.tokens import TokenCount
 from deepcore.engine.trainability import LateThaws, note_room_for_frozen
+from deepcore.optim.adam import FusedAdam
 from deepcore.optim.client import ClientOptimizer
 from deepcore.optim.factory import EngineOptimizer, collect_groups, make_optimizer, require_ours
 from deepcore.parallel.sequence.binding import bind
@@ -110,6 +111,7 @@ def build_parts(
         client, settings.optimizer, wanted, names, low_states=settings.bf16.bf16_optimizer_states
     )
     require_optimizer(optimizer, shards)
+    _require_effect(optimizer, names, policy)
     axis = mesh.zero_axis
     chosen = _chosen(names, optimizer)
     require_stage(model, settings.zero_optimization.stage)
@@ -138,6 +140,12 @@ def build_parts(
         _agree_on_parts(core, shards)
     holdings = Holdings(strategy, axis, groups, optimizer, lambda: core.unscale, **cut)
     return Parts(strategy, core, clock, casts, base, holdings, shards)
+
+
+def _require_effect(optimizer: EngineOptimizer | None, params: Iterable[torch.Tensor], policy: PrecisionPolicy) -> None:
+    if isinstance(optimizer, FusedAdam):
+        dtypes = [policy.param] if policy.param else [param.dtype for param in params]
+        optimizer.require_bf16(policy.master_of(dtype) for dtype in dtypes)
 
 
 def _agree_on_values(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from deepcore.errors import ConfigError
-from deepcore.optim.ranges import require_at_least_zero, require_betas
+from deepcore.optim.ranges import out_of_range, require_at_least_zero, require_betas
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 from deepcore.sharding.segments import SegmentBatch
 
@@ -24,6 +24,12 @@ class FusedAdam(SegmentOptimizer):
     rounded at every step. A bf16 number keeps 8 bits: with betas[1] above 0.996 a second moment no longer decays, so
     choose a smaller one.
 
+    Weights that are kept in bf16, without fp32 masters, lose every update below half of their last place: 2^-9 of the
+    weight. With ``stochastic_rounding`` they are rounded up or down at random, so that updates arrive in the mean.
+    Which way follows from the seed, the parameter's name (under an engine, or given as ``named_parameters()``; else its
+    number), its step count and the element's place in it: so it is the same at any ZeRO stage, with any number of
+    ranks that share a parameter and of threads, and after a checkpoint was loaded.
+
     Args:
         params: iterable of parameters or of param_group dicts.
         lr: learning rate.
@@ -34,9 +40,11 @@ class FusedAdam(SegmentOptimizer):
         bias_correction: whether moments are corrected for their start at zero.
         amsgrad: divide by the largest second moment so far (Reddi, Kale & Kumar 2018).
         fp32_optimizer_states: False keeps the moments in bf16.
+        stochastic_rounding: round bf16 parameters at random; others are rounded to nearest.
+        rounding_seed: of those random numbers, the same on every rank.
 
     Raises:
-        ConfigError: a hyperparameter is out of range.
+        ConfigError: a hyperparameter is out of range; ``stochastic_rounding`` where no parameter is updated in bf16.
     """
 
     def __init__(
@@ -51,8 +59,14 @@ class FusedAdam(SegmentOptimizer):
         bias_correction: bool = True,
         amsgrad: bool = False,
         fp32_optimizer_states: bool = True,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         self.state_dtype = torch.float32 if fp32_optimizer_states else torch.bfloat16
+        self.stochastic_rounding, self._seed = stochastic_rounding, rounding_seed
+        if not (isinstance(rounding_seed, int) and 0 <= rounding_seed < 2**63):
+            raise out_of_range("rounding_seed", rounding_seed, "an integer from 0 to 2^63 - 1")
+        self._seeds: dict[torch.device, torch.Tensor] = {}
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -67,6 +81,18 @@ class FusedAdam(SegmentOptimizer):
     def require_valid(self, group: Mapping[str, Any]) -> None:
         require_at_least_zero(group, "lr", "eps", "weight_decay")
         require_betas(group)
+
+    def require_bf16(self, dtypes: Iterable[torch.dtype]) -> None:
+        """Raise if rounding at random is asked for and none of ``dtypes``, of what is updated, is bf16."""
+        found = set(dtypes)
+        if self.stochastic_rounding and torch.bfloat16 not in found:
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+            raise ConfigError(
+                "stochastic_rounding would do nothing: it is for weights that are updated in bf16",
+                got=f"weights, or their masters, in {names or 'no dtype'}",
+                expected="bf16 weights without fp32 masters",
+                do="remove stochastic_rounding, or set bf16.bf16_master_weights_and_grads (alone: make the model bf16)",
+            )
 
     def state_names(self, family: str) -> tuple[str, ...]:
         largest = ("max_exp_avg_sq",) if any(group["amsgrad"] for group in self.param_groups) else ()
@@ -94,18 +120,18 @@ class FusedAdam(SegmentOptimizer):
                 expected="amsgrad in some group from the first step on",
                 do="build the optimizer with amsgrad=True",
             )
-        torch.ops.deepcore.adam_.default(
-            batch.params,
-            batch.grads,
-            batch.states["exp_avg"],
-            batch.states["exp_avg_sq"],
-            largest,
-            batch.copies,
-            batch.table.rows,
-            batch.table.chunk_offsets,
-            hyper,
-            batch.steps,
-            batch.active,
-            grad_scale,
-            skip,
-        )
+        lists = (batch.params, batch.grads, batch.states["exp_avg"], batch.states["exp_avg_sq"], largest)
+        tables = (batch.table.rows, batch.table.chunk_offsets, hyper, batch.steps, batch.active, grad_scale, skip)
+        if self.stochastic_rounding and batch.params[0].dtype == torch.bfloat16:
+            assert not batch.copies, "bf16 weights are their own masters"
+            seed = self._seed_on(batch.steps.device)
+            torch.ops.deepcore.adam_stochastic_.default(*lists, *tables, batch.table.origins, seed)
+            return
+        if self.stochastic_rounding and self._arena is None:
+            self.require_bf16(param.dtype for group in self.param_groups for param in group["params"])
+        torch.ops.deepcore.adam_.default(*lists, batch.copies, *tables)
+
+    def _seed_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._seeds:
+            self._seeds[device] = torch.tensor([self._seed]).to(device)
+        return self._seeds[device]

@@ -33,7 +33,10 @@ _FUSED: dict[str, type[SegmentOptimizer]] = {
     "sgd": FusedSGD,
     "muon": Muon,
 }
-_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad", "fp32_optimizer_states")
+_ADAM_KEYS = (
+    *("lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad"),
+    *("fp32_optimizer_states", "stochastic_rounding", "rounding_seed"),
+)
 
 
 def collect_groups(names: Mapping[torch.Tensor, str], model_parameters: Iterable[Any] | None) -> ParamGroups:
@@ -158,7 +161,7 @@ def _from_config(
     name: str, params: dict[str, Any], groups: ParamGroups, names: Mapping[torch.Tensor, str]
 ) -> Optimizer:
     if name.lower() in ("adam", "adamw"):
-        return _adam(name.lower() == "adamw", params, groups)
+        return _adam(name.lower() == "adamw", params, groups, names)
     if name.lower() in _FUSED:
         return _fused(_FUSED[name.lower()], params, groups, names)
     found = getattr(torch.optim, name, None)
@@ -185,11 +188,15 @@ def _fused(
 ) -> Optimizer:
     _require_accepted(kind.__name__, params, list(inspect.signature(kind).parameters)[1:])
     if kind is Muon:
-        groups = [{**group, "params": [(names[param], param) for param in group["params"]]} for group in groups]
+        groups = _named(groups, names)
     return kind(groups, **params)  # type: ignore[arg-type]
 
 
-def _adam(decoupled: bool, params: dict[str, Any], groups: ParamGroups) -> Optimizer:
+def _named(groups: ParamGroups, names: Mapping[torch.Tensor, str]) -> ParamGroups:
+    return [{**group, "params": [(names[param], param) for param in group["params"]]} for group in groups]
+
+
+def _adam(decoupled: bool, params: dict[str, Any], groups: ParamGroups, names: Mapping[torch.Tensor, str]) -> Optimizer:
     if params.pop("torch_adam", False):
         params.pop("adam_w_mode", None)
         return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, **params)
@@ -197,6 +204,8 @@ def _adam(decoupled: bool, params: dict[str, Any], groups: ParamGroups) -> Optim
     _require_accepted("Adam", params, _ADAM_KEYS)
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
+    if params.get("stochastic_rounding"):
+        groups = _named(groups, names)
     return FusedAdam(groups, **params, adam_w_mode=decoupled)
 
 

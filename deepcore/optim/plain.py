@@ -96,7 +96,8 @@ class PlainBatches:
                 state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 for name in names:
                     state[param][name] = _like(param, self._state_dtype).fill_(self._initial(name, param_groups[index]))
-        segments = [Segment("", i, 0, param.numel(), group) for i, (param, group) in enumerate(chosen)]
+        called = _names(param_groups)
+        segments = [Segment(called[param], i, 0, param.numel(), group) for i, (param, group) in enumerate(chosen)]
         batch = SegmentBatch(
             params=[],
             grads=[],
@@ -131,6 +132,15 @@ class _WriteBack:
     def __call__(self) -> None:
         for weight, dense in self._pairs:
             weight.copy_(dense)
+
+
+def _names(param_groups: Sequence[Mapping[str, Any]]) -> dict[torch.Tensor, str]:
+    """Each parameter's name, where the optimizer was given those, else its number."""
+    names: dict[torch.Tensor, str] = {}
+    for group in param_groups:
+        for place, param in enumerate(group["params"]):
+            names[param] = group["param_names"][place] if "param_names" in group else str(len(names))
+    return names
 
 
 def _identical(left: Iterable[Any], right: Sequence[Any]) -> bool:

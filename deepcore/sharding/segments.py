@@ -5,8 +5,10 @@ Knows nothing of what the tensors mean; the row format is defined beside the op 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypedDict
 
 import torch
@@ -61,6 +63,15 @@ class SegmentTable:
     def hyper(self) -> torch.Tensor:
         """int64 (S,) on the device: the hyperparameter row of each segment."""
         return self.rows[:, HYPER]
+
+    @cached_property
+    def origins(self) -> torch.Tensor:
+        """int64 (S, 2) on the device: of each segment its parameter, as a number below 2^32, and ``offset``.
+
+        The number follows from the parameter's name, so that it is the same however parameters are laid out.
+        """
+        rows = [(zlib.crc32(segment.name.encode()), segment.offset) for segment in self.segments]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).to(self.rows.device)
 
     def set_hyper(self, hyper: Sequence[int]) -> None:
         """Point every segment at a hyperparameter row; ``hyper`` has one index per segment."""

@@ -182,6 +182,15 @@ def test_values_of_the_wrong_type_or_range(raw: dict[str, Any], key: str, got: s
             ["always corrects the bias"],
         ),
         (
+            {"optimizer": {"type": "Adam", "params": {"torch_adam": True, "stochastic_rounding": True}}},
+            ["rounds to nearest"],
+        ),
+        ({"optimizer": {"type": "AdamW", "params": {"rounding_seed": 3}}}, ["has nothing to seed"]),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"stochastic_rounding": True, "rounding_seed": -1}}},
+            ["optimizer.params.rounding_seed", "an integer >= 0"],
+        ),
+        (
             {"zero_optimization": {"stage": 0}, "zero_optimization.stage": 1},
             ['the dotted key "zero_optimization.stage" contradicts the nested value'],
         ),

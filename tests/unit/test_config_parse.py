@@ -164,7 +164,13 @@ def test_adam_is_adam_unless_asked(kind: str, params: dict[str, Any], decoupled:
 
 
 def test_arguments_that_say_what_happens_anyway_do_not_reach_the_constructor() -> None:
-    params = {"lr": 0.1, "torch_adam": False, "fp32_optimizer_states": True, "max_grad_norm": 0}
+    params = {
+        "lr": 0.1,
+        "torch_adam": False,
+        "fp32_optimizer_states": True,
+        "max_grad_norm": 0,
+        "stochastic_rounding": False,
+    }
     section = accepted({"optimizer": {"type": "Adam", "params": params}}).optimizer
     assert section is not None
     assert section.params == {"lr": 0.1}
