@@ -26,7 +26,7 @@ class Stage0(ZeroStrategy):
 
     After the boundary's backward, ``p.grad`` is the gradient summed over ranks, or None where no rank had one.
     A further backward in the same window (a second loss) is reduced by itself and added. One rank alone sums nothing:
-    gradients of a single pass stay where autograd made them.
+    gradients of a single pass stay where autograd made them, in their own dtype.
 
     On CPUs, and everywhere if ``deterministic``, sums are made in rank order; NCCL's own all-reduce is used elsewhere.
     """
@@ -107,7 +107,7 @@ class Stage0(ZeroStrategy):
     def _stay(self, number: int, gradients: GroupGradients) -> bool:
         """Whether the gradients of a group are their own sum, and are left in ``p.grad`` as they are."""
         dtype = gradients.group.key.dtype
-        if self._axis.size > 1 or self._divisor != 1 or dtype != gradients.flat.dtype or not self.arena.takes_loose:
+        if self._axis.size > 1 or self._divisor != 1 or not self.arena.takes_loose:
             return False
         live = self.arena.loose.take(number, dtype, gradients.show)
         gradients.live = live or gradients.live

@@ -118,8 +118,20 @@ def test_windows_of_several_passes(stage: int) -> None:
 @pytest.mark.parametrize("stage", SOME_STAGES)
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=NIGHTLY)])
 def test_16_bits(stage: int, precision: str) -> None:
-    """What ``p.grad`` shows at stage 0 is a sum in fp32; a group of which a part was not used has zeros in fp32."""
-    assert_alike(stage, expect="none" if stage == 0 else "some", **{precision: {"enabled": True}})
+    """The update widens them; only a group of which a part was not used is packed, for its zeros are in fp32."""
+    assert_alike(stage, expect="some", **{precision: {"enabled": True}})
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+def test_what_is_visible_in_16_bits_counts_and_is_a_sum_in_fp32_where_there_are_more(micros: int) -> None:
+    def double(engine: Any, step: int) -> None:
+        for param in engine.parameters():
+            if param.grad is not None:
+                assert param.grad.dtype in ((torch.float32,) if micros > 1 else (torch.float32, torch.bfloat16))
+                param.grad.mul_(2.0)
+
+    expect = "some" if micros == 1 else "none"
+    assert_alike(0, double, expect=expect, bf16={"enabled": True}, gradient_accumulation_steps=micros)
 
 
 @pytest.mark.nightly
