@@ -3,26 +3,35 @@
 #pragma once
 
 #include "cast/cast.h"
+#include "core/words.h"
 
 namespace deepcore {
+
+// The ten rounds on a counter of four words, or on one in each lane; see core/words.h.
+template <class Words>
+DEEPCORE_FN void philox_rounds(uint64_t key, Words& a, Words& b, Words& c, Words& d) {
+    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const Words first = product(a, 0xd2511f53u), second = product(c, 0xcd9e8d57u);
+        Words mixed0, mixed1;
+        splat(key0, mixed0);
+        splat(key1, mixed1);
+        a = upper_half(second) ^ b ^ mixed0, b = second;
+        c = upper_half(first) ^ d ^ mixed1, d = first;
+        key0 += 0x9e3779b9u;
+        key1 += 0xbb67ae85u;
+    }
+}
 
 // Four words from a key and the two halves of a counter. Element i uses the 16 bits number i % 8, from the low ones of
 // word 0 on, of the block with counter i / 8: the bits depend on nothing but the seed, the place, and what the upper
 // half says. That is zero in a cast; in an update it is what `random_stream` gives.
 DEEPCORE_FN void philox(uint64_t counter, uint64_t upper, uint64_t key, uint32_t& a, uint32_t& b, uint32_t& c,
                         uint32_t& d) {
-    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
-    a = static_cast<uint32_t>(counter), b = static_cast<uint32_t>(counter >> 32);
-    c = static_cast<uint32_t>(upper), d = static_cast<uint32_t>(upper >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t first = static_cast<uint64_t>(a) * 0xd2511f53u, second = static_cast<uint64_t>(c) * 0xcd9e8d57u;
-        a = static_cast<uint32_t>(second >> 32) ^ b ^ key0;
-        b = static_cast<uint32_t>(second);
-        c = static_cast<uint32_t>(first >> 32) ^ d ^ key1;
-        d = static_cast<uint32_t>(first);
-        key0 += 0x9e3779b9u;
-        key1 += 0xbb67ae85u;
-    }
+    uint64_t words[4] = {counter, counter >> 32, upper, upper >> 32};
+    philox_rounds(key, words[0], words[1], words[2], words[3]);
+    a = static_cast<uint32_t>(words[0]), b = static_cast<uint32_t>(words[1]);
+    c = static_cast<uint32_t>(words[2]), d = static_cast<uint32_t>(words[3]);
 }
 
 // Those of four elements from number `place` on, the first in the low 16 bits.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cast/cast_math.h"
+#include "core/simd.h"
 #include "core/update.h"
 
 namespace deepcore {
@@ -14,15 +15,23 @@ namespace {
 // The 16 bits of each element of `numel / kCastBlock` blocks from `block` on.
 template <int64_t numel>
 DEEPCORE_FN void draw(uint64_t block, uint64_t upper, uint64_t key, uint16_t (&random)[numel]) {
-    constexpr int64_t kBlocks = numel / kCastBlock;
-    uint32_t a[kBlocks], b[kBlocks], c[kBlocks], d[kBlocks], words[4 * kBlocks];
-    for (int64_t k = 0; k < kBlocks; ++k) philox(block + static_cast<uint64_t>(k), upper, key, a[k], b[k], c[k], d[k]);
-    for (int64_t k = 0; k < kBlocks; ++k)
-        words[4 * k] = a[k], words[4 * k + 1] = b[k], words[4 * k + 2] = c[k], words[4 * k + 3] = d[k];
-    memcpy(random, words, sizeof random);  // their low halves come first
+    constexpr int64_t kBlocks = numel / kCastBlock, kLanes = sizeof(words) / sizeof(uint64_t);
+    static_assert(kBlocks % kLanes == 0, "whole vectors");
+    uint64_t low[kBlocks], high[kBlocks], both[2 * kBlocks];
+    for (int64_t k = 0; k < kBlocks; k += kLanes) {
+        words a, c;
+        count_from(block + static_cast<uint64_t>(k), a);
+        splat(upper, c);
+        words b = upper_half(a), d = upper_half(c);
+        philox_rounds(key, a, b, c, d);
+        store(low + k, joined(a, b));
+        store(high + k, joined(c, d));
+    }
+    for (int64_t k = 0; k < kBlocks; ++k) both[2 * k] = low[k], both[2 * k + 1] = high[k];
+    memcpy(random, both, sizeof random);
 }
 
-// At most `most` elements; fast where it is that many.
+// At most `most` elements; where it is that many, in a loop that the compiler turns into vectors.
 template <int64_t most>
 DEEPCORE_FN void round_run(const float* from, uint16_t* to, const uint16_t* random, int64_t numel) {
     if (numel == most) {

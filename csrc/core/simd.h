@@ -1,18 +1,23 @@
-// Owns the vector types of the CPU variants: `vec` of fp32 and `dvec` of fp64, as wide as DEEPCORE_ISA has them.
-// Knows nothing of formulas. Every operation gives the bits that its scalar twin in dtype.h gives.
+// Owns the vector types of the CPU variants: `vec` of fp32, `dvec` of fp64 and `words`, as wide as DEEPCORE_ISA has
+// them. Knows nothing of formulas. Every operation gives the bits that its scalar twin in dtype.h or words.h gives.
 #pragma once
 
 #include "core/dtype.h"
+#include "core/words.h"
 
 namespace deepcore {
 namespace DEEPCORE_ISA {
 
+using ::deepcore::count_from;
+using ::deepcore::joined;
 using ::deepcore::larger;
 using ::deepcore::load;  // the scalar forms, which the overloads below would otherwise hide
+using ::deepcore::product;
 using ::deepcore::root;
 using ::deepcore::sign;
 using ::deepcore::splat;
 using ::deepcore::store;
+using ::deepcore::upper_half;
 
 }  // namespace DEEPCORE_ISA
 }  // namespace deepcore
@@ -30,6 +35,7 @@ namespace DEEPCORE_ISA {
 
 using vec = float;
 using dvec = double;
+using words = uint64_t;
 
 DEEPCORE_FN void add_square(double& sum, double x) { sum += x * x; }
 DEEPCORE_FN void store(double* to, double x) { *to = x; }

@@ -70,5 +70,22 @@ DEEPCORE_FN void store(double* to, dvec x) { _mm256_storeu_pd(to, x.value); }
 // The square of a widened fp32 is exact in fp64, so fusing changes no bit.
 DEEPCORE_FN void add_square(dvec& sum, dvec x) { sum.value = _mm256_fmadd_pd(x.value, x.value, sum.value); }
 
+struct words {
+    __m256i value;
+};
+
+DEEPCORE_FN words operator^(words a, words b) { return {_mm256_xor_si256(a.value, b.value)}; }
+DEEPCORE_FN words product(words a, uint32_t b) { return {_mm256_mul_epu32(a.value, _mm256_set1_epi64x(b))}; }
+DEEPCORE_FN words upper_half(words a) { return {_mm256_srli_epi64(a.value, 32)}; }
+DEEPCORE_FN words joined(words a, words b) {
+    return {_mm256_blend_epi32(a.value, _mm256_slli_epi64(b.value, 32), 0xaa)};
+}
+DEEPCORE_FN void splat(uint64_t value, words& x) { x.value = _mm256_set1_epi64x(static_cast<long long>(value)); }
+DEEPCORE_FN void count_from(uint64_t first, words& x) {
+    splat(first, x);
+    x.value = _mm256_add_epi64(x.value, _mm256_set_epi64x(3, 2, 1, 0));
+}
+DEEPCORE_FN void store(uint64_t* to, words x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x.value); }
+
 }  // namespace DEEPCORE_ISA
 }  // namespace deepcore

@@ -67,5 +67,19 @@ DEEPCORE_FN void store(double* to, dvec x) { vst1q_f64(to, x.value); }
 // The square of a widened fp32 is exact in fp64, so fusing changes no bit.
 DEEPCORE_FN void add_square(dvec& sum, dvec x) { sum.value = vfmaq_f64(sum.value, x.value, x.value); }
 
+struct words {
+    uint64x2_t value;
+};
+
+DEEPCORE_FN words operator^(words a, words b) { return {veorq_u64(a.value, b.value)}; }
+DEEPCORE_FN words product(words a, uint32_t b) { return {vmull_u32(vmovn_u64(a.value), vdup_n_u32(b))}; }
+DEEPCORE_FN words upper_half(words a) { return {vshrq_n_u64(a.value, 32)}; }
+DEEPCORE_FN words joined(words a, words b) { return {vsliq_n_u64(a.value, b.value, 32)}; }
+DEEPCORE_FN void splat(uint64_t value, words& x) { x.value = vdupq_n_u64(value); }
+DEEPCORE_FN void count_from(uint64_t first, words& x) {
+    x.value = vcombine_u64(vcreate_u64(first), vcreate_u64(first + 1));
+}
+DEEPCORE_FN void store(uint64_t* to, words x) { vst1q_u64(to, x.value); }
+
 }  // namespace DEEPCORE_ISA
 }  // namespace deepcore
