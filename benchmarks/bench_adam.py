@@ -1,7 +1,8 @@
 """Owns the benchmark of ``adam_``: one AdamW step alone; ``bench_phase.py`` has all that an engine does around it.
 
 Knows nothing of the formula. Contenders of a case share one set of tensors, so that none has the better pages. Least
-traffic in fp32: gradient read, parameter and two moments read and written, 28 bytes an element.
+traffic in fp32: gradient read, parameter and two moments read and written, 28 bytes an element; 22 where gradients and
+parameters, without masters, are bf16.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def bench(options: Options) -> Iterator[Result]:
         step = Step(numels, options)
         for threads in at_threads(options):
             yield _measure(f"step {case}", step.runs(), numels, options, threads)
+    numel = tensors.large_numel(options) // 2
+    runs = without_masters(numel, options)
+    for threads in at_threads(options):
+        params = {"dtype": "bf16", "tensors": 1, "numel": numel, "threads": threads, "device": options.device}
+        yield compare("adam", "without masters", runs, options, params=params, nbytes=22 * numel)
 
 
 def _measure(
@@ -55,6 +61,18 @@ def torch_adamw(
     for step, (param, (first, second)) in zip(steps, moments.items(), strict=True):
         optimizer.state[param] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
     return optimizer
+
+
+def without_masters(numel: int, options: Options) -> dict[str, Callable[[], object]]:
+    """bf16 parameters, rounded to nearest and at random."""
+    param = torch.nn.Parameter(tensors.normal(numel, options, torch.bfloat16))
+    param.grad = tensors.normal(numel, options, torch.bfloat16)
+    theirs = torch.optim.AdamW([param], **HYPER, fused=True)
+    return {
+        OURS: FusedAdam([param], **HYPER).step,
+        f"{OURS}/at random": FusedAdam([param], **HYPER, stochastic_rounding=True).step,
+        "torch fused": theirs.step,
+    }
 
 
 class Step:

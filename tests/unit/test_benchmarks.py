@@ -21,7 +21,7 @@ from tests.dist.pool import run_ranks
 
 QUICK = Options(quick=True, threads=(1,), rounds=1)
 CASES = {
-    "adam": {"step large", "step 1000 small", "step tiny"},
+    "adam": {"step large", "step 1000 small", "step tiny", "without masters"},
     "phase": {f"{part} {case}" for part in ("step", "fold + step") for case in ("large", "1000 small")},
     "bucket": {f"{size} {kind}" for size in ("large", "tiny") for kind in ("fp32", "fp32 add", "bf16 add")},
     "cast": {f"{size} {way}" for size in ("large", "tiny") for way in ("fp32 to bf16", "bf16 to fp32")},
