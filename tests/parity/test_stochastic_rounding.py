@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch
 import deepcore
 from deepcore.optim import FusedAdam
 from tests.dist.pool import run_ranks
+from tests.dist.test_verify import check as verified
+from tests.dist.test_verify import settings
+from tests.parity.journey import beside
 from tests.parity.model import batch, build
 from tests.parity.optimizers import Recipe, train_with
 from tests.parity.reference import Case, Weights, summed_gradients, worst_difference
@@ -20,12 +23,13 @@ from tests.parity.selection import only_nightly
 from tests.parity.stages import Pipe
 from tests.parity.stages import train as train_pipe
 from tests.parity.test_pipeline import assert_copies_agree
+from tests.parity.test_tensor import Case as TensorCase
+from tests.parity.test_tensor import train as train_cut
 
 ADAM = {"lr": 1e-4, "weight_decay": 0.1, "stochastic_rounding": True, "rounding_seed": 12}
 RECIPE = Recipe(FusedAdam, ADAM, "AdamW")
 CLIENT = Recipe(FusedAdam, ADAM)
 NO_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
-CPU = {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}
 
 
 def reference(case: Case) -> Weights:
@@ -71,10 +75,21 @@ def test_equals_the_reference_in_every_layout(case: Case, hostile: bool) -> None
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("apart", [False, True], ids=["here", "apart"])
 @pytest.mark.parametrize("case", [Case(world, stage=stage) for world in (1, 2, 3) for stage in (1, 2, 3)], ids=str)
-@pytest.mark.parametrize("zero", [CPU, {**CPU, "replicate_optimizer": True}], ids=["tiles", "replicated"])
-def test_equals_the_reference_with_its_state_on_the_host(case: Case, zero: dict[str, Any]) -> None:
-    check(case, RECIPE, zero, hostile=False)
+@pytest.mark.parametrize("kind", ["tiles", "replicated", "files"])
+def test_equals_the_reference_with_its_state_on_the_host(case: Case, kind: str, apart: bool, tmp_path: Path) -> None:
+    zero: dict[str, Any] = {"sub_group_size": 100, "replicate_optimizer": kind == "replicated"}
+    where = {"device": "nvme", "nvme_path": str(tmp_path)} if kind == "files" else {"device": "cpu"}
+    zero["offload_optimizer"] = where
+    if case.stage == 3 and kind != "replicated":
+        zero["offload_param"] = where if kind == "files" and not apart else {"device": "cpu"}
+    given = (case, RECIPE, zero, build, batch, NO_MASTERS)
+    call = (beside, train_with, *given) if apart else (train_with, *given)
+    expected = reference(case)
+    for result in run_ranks(case.world, *call):
+        difference, name = worst_difference(result["weights"], expected)
+        assert difference == 0.0, f"{name} differs by {difference}"
 
 
 @pytest.mark.nightly
@@ -88,6 +103,15 @@ def test_stages_agree_over_several_micro_batches(world: int) -> None:
             run_ranks(world, train_with, case, RECIPE, {}, build, batch, extra)[0]["weights"] for case in cases
         )
         assert all(worst_difference(first, other)[0] == 0.0 for other in others)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_verify_has_the_same_bits(stage: int) -> None:
+    more = {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage}}
+    for passed, worst, table in run_ranks(2, verified, settings(**more, **NO_MASTERS, **RECIPE.section())):
+        assert passed, table
+        assert worst == 0.0, table
 
 
 def resumed(case: Case, folder: Path, save_at: int | None, seed: int = 12) -> Weights:
@@ -124,3 +148,22 @@ def test_a_checkpoint_is_resumed_exactly(case: Case, tmp_path: Path) -> None:
 def test_tied_weights_of_a_pipeline_stay_alike(pipe: Pipe) -> None:
     extra = {**NO_MASTERS, "optimizer": {"type": "AdamW", "params": ADAM}}
     assert_copies_agree(run_ranks(pipe.world, train_pipe, replace(pipe, extra=extra)))
+
+
+@dataclass(frozen=True)
+class Cut(TensorCase):
+    """Layers cut over two ranks, without masters."""
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), **NO_MASTERS, "optimizer": {"type": "AdamW", "params": ADAM}}
+
+
+@pytest.mark.nightly
+def test_whole_weights_stay_alike_where_layers_are_cut() -> None:
+    """On all ranks of the axis, and at every stage."""
+    found = [run_ranks(4, train_cut, Cut(dp=2, tp=2, stage=stage)) for stage in (0, 1, 2, 3)]
+    for results in found:
+        for name, value in results[0]["parts"].items():
+            for result in results[1:]:
+                assert name in result["cut"] or torch.equal(result["parts"][name], value), name
+        assert worst_difference(results[0]["weights"], found[0][0]["weights"])[0] == 0.0
