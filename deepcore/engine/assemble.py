@@ -115,7 +115,7 @@ def build_parts(
     axis = mesh.zero_axis
     chosen = _chosen(names, optimizer)
     require_stage(model, settings.zero_optimization.stage)
-    require_same_model(model, axis)
+    require_same_model(model, axis, optimizer.shared_settings() if isinstance(optimizer, FusedAdam) else ())
     bind(model, mesh.sp)
     _note_reads(tree.modules)
     grouping = Grouper(tree, policy, axis, settings).group(chosen, shared.apart)

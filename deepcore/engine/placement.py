@@ -78,14 +78,15 @@ def cast_rest(tree: ModelTree, groups: Sequence[FlatGroup], policy: PrecisionPol
             buffer.data = buffer.data.to(policy.buffer)
 
 
-def require_same_model(module: torch.nn.Module, axis: Axis) -> None:
-    """Raise on every rank if names, shapes, dtypes or trainability differ between ranks."""
+def require_same_model(module: torch.nn.Module, axis: Axis, more: Sequence[str] = ()) -> None:
+    """Raise on every rank if names, shapes, dtypes or trainability differ between ranks, or lines of ``more``."""
     if axis.group is None:
         return
     lines = [
         f"{name} {scattered.shape_of(tensor)} {tensor.dtype} {'trainable' if tensor.requires_grad else 'fixed'}"
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     ]
+    lines += more
     text = "\n".join(lines).encode()
     digests = gather_bytes(hashlib.sha256(text).digest(), axis)
     if len(set(digests)) == 1:

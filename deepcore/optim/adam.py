@@ -94,6 +94,10 @@ class FusedAdam(SegmentOptimizer):
                 do="remove stochastic_rounding, or set bf16.bf16_master_weights_and_grads (alone: make the model bf16)",
             )
 
+    def shared_settings(self) -> list[str]:
+        """What would make copies of a parameter drift apart if it were not the same on every rank."""
+        return [f"stochastic_rounding, rounding_seed {self._seed}"] if self.stochastic_rounding else []
+
     def state_names(self, family: str) -> tuple[str, ...]:
         largest = ("max_exp_avg_sq",) if any(group["amsgrad"] for group in self.param_groups) else ()
         return ("exp_avg", "exp_avg_sq", *largest)

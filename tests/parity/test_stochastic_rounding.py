@@ -12,7 +12,7 @@ import torch
 
 import deepcore
 from deepcore.optim import FusedAdam
-from tests.dist.pool import run_ranks
+from tests.dist.pool import RanksError, run_ranks
 from tests.dist.test_verify import check as verified
 from tests.dist.test_verify import settings
 from tests.parity.journey import beside
@@ -112,6 +112,18 @@ def test_verify_has_the_same_bits(stage: int) -> None:
     for passed, worst, table in run_ranks(2, verified, settings(**more, **NO_MASTERS, **RECIPE.section())):
         assert passed, table
         assert worst == 0.0, table
+
+
+def start_with_own_seed() -> None:
+    rank = torch.distributed.get_rank()
+    config: dict[str, Any] = {**Case(2).config(), **NO_MASTERS}
+    config["optimizer"] = {"type": "AdamW", "params": {**ADAM, "rounding_seed": rank}}
+    deepcore.initialize(model=build(100), config=config)
+
+
+def test_ranks_with_other_seeds_are_told() -> None:
+    with pytest.raises(RanksError, match=r"stochastic_rounding, rounding_seed 1; .*rounding_seed 0"):
+        run_ranks(2, start_with_own_seed)
 
 
 def resumed(case: Case, folder: Path, save_at: int | None, seed: int = 12) -> Weights:
