@@ -224,11 +224,12 @@ class TorchTransport:
 
     def send(self, tensor: Tensor, dst_index: int, group: dist.ProcessGroup) -> Pending:
         # A staged tensor is copied here and now: there is nothing to land.
-        return watched(dist.isend(self._carrier(tensor), group=group, group_dst=dst_index), self._watch)
+        return _half(dist.isend(self._carrier(tensor), group=group, group_dst=dst_index), self._watch)
 
     def receive(self, tensor: Tensor, src_index: int, group: dist.ProcessGroup) -> Pending:
         flat = self._carrier(tensor, read=False)
-        return self._landing(dist.irecv(flat, group=group, group_src=src_index), tensor, flat)
+        pending = _half(dist.irecv(flat, group=group, group_src=src_index), self._watch)
+        return _Staged(pending, tensor, flat) if self._is_staged(tensor) else pending
 
     def barrier(self, group: dist.ProcessGroup) -> Pending:
         return watched(dist.barrier(group=group, async_op=True), self._watch)
@@ -294,6 +295,20 @@ class _Watched:
 
     def is_completed(self) -> bool:
         return self._work.is_completed()
+
+
+class _WatchedHalf(_Watched):
+    """Half of a message between two ranks."""
+
+    __slots__ = ()
+
+    def wait(self) -> None:
+        self._watch.wait_in_one(self._work)
+
+
+def _half(work: dist.Work | None, watch: Watch | None) -> Pending:
+    assert work is not None, "torch.distributed returned no work: this rank is not in the group"
+    return work if watch is None else _WatchedHalf(work, watch)
 
 
 def watched(work: dist.Work | None, watch: Watch | None) -> Pending:

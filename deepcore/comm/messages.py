@@ -1,12 +1,14 @@
 """Owns messages with tags between two ranks of a group, begun long before or after their other half.
 
-Knows nothing of axes, and is not watched: messages of one tag meet in their order, those of different tags in any.
+Knows nothing of axes: messages of one tag meet in their order, those of different tags in any.
 """
 
 from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor
+
+from deepcore.comm import setup
 
 
 class Message:
@@ -18,7 +20,11 @@ class Message:
 
     def wait(self) -> None:
         """Until the tensor has come, or has left."""
-        self._work.wait()
+        watch = setup.held_watch()
+        if watch is None:
+            self._work.wait()
+        else:
+            watch.wait_in_one(self._work)
 
     def done(self) -> bool:
         return self._work.is_completed()

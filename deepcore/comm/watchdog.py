@@ -144,6 +144,19 @@ class Watch:
             if begin:
                 self._overdue.pop(threading.get_ident(), None)
 
+    def wait_in_one(self, work: dist.Work) -> None:
+        """The same for half of a message between two ranks, which has no parts: Gloo ends the connection with a wait.
+
+        Where a verdict comes meanwhile, this process ends with it.
+        """
+        self.check()
+        thread = threading.get_ident()
+        self._overdue[thread] = time.monotonic()
+        try:
+            work.wait()
+        finally:
+            self._overdue.pop(thread, None)
+
     def follow(self, record: GroupRecord, place: int, work: _Work) -> None:
         """A collective was issued on a device: nobody may ever wait for it on the host."""
         self._unfinished[record.name] = (record, place, work, time.monotonic())

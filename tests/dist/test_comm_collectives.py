@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from deepcore import comm
-from deepcore.comm import collectives
+from deepcore.comm import collectives, watchdog
 from deepcore.comm.collectives import TorchTransport
 from deepcore.comm.mesh import Mesh
+from deepcore.comm.messages import begin_receive, begin_send
 from deepcore.comm.setup import init_distributed
 from deepcore.errors import CommError
 from tests.dist.pool import RankFailedError
@@ -235,3 +239,25 @@ def ring(dtype, count):
 @pytest.mark.parametrize("count", [1, 31])
 def test_what_is_sent_to_a_neighbour_arrives_in_order(ranks, hostile, dtype, count):
     assert ranks(3, ring, dtype, count, hostile=hostile) == [True] * 3
+
+
+def late(who):
+    """Two messages from rank 0 to rank 1, for each of which one of them comes long after a slice of a wait is over."""
+    earlier, watchdog.SLICE = watchdog.SLICE, timedelta(milliseconds=20)
+    line, sends = axis(), dist.get_rank() == 0
+    first, second = (torch.full((6,), value if sends else 0.0) for value in (3.0, 4.0))
+    try:
+        for act in (
+            lambda: line.send(first, 1) if sends else line.receive(first, 0),
+            lambda: begin_send(second, 1, line.group, 7) if sends else begin_receive(second, 0, line.group, 7),
+        ):
+            time.sleep(0.3 * (line.rank == who))
+            act().wait()
+    finally:
+        watchdog.SLICE = earlier
+    return [first.tolist(), second.tolist()]
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_message_waits_for_whoever_is_late(ranks, who):
+    assert ranks(2, late, who) == [[[3.0] * 6, [4.0] * 6]] * 2
