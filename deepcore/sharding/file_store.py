@@ -32,11 +32,12 @@ class FileStore:
     Attributes:
         nbytes: reserved so far.
         is_direct: whether the page cache is bypassed.
+        is_torn: a write failed, so that what is there may be of two times; nothing is read or written from then on.
     """
 
     def __init__(self, folder: Path, engine: FileEngine) -> None:
         self.folder, self.engine = folder, engine
-        self.nbytes = 0
+        self.nbytes, self.is_torn = 0, False
         _sweep(folder)
         path = folder / f"deepcore-{os.getpid()}-{secrets.token_hex(4)}.state"
         try:
@@ -75,6 +76,16 @@ class FileStore:
             expected="room for masters and optimizer state: 12 bytes per parameter with Adam, over the ranks together",
             do="free space, or name a folder on a larger drive in nvme_path",
         )
+
+    def require_whole(self) -> None:
+        """Raise where an earlier write failed: whoever caught that error must not train on what it left."""
+        if self.is_torn:
+            raise StorageError(
+                "offloaded state is torn: writing some of it failed",
+                got=f"a file in {self.folder} that may hold a part of what was to be written",
+                expected="state of one step",
+                do="look at the drive's health and space; build a new engine and load a checkpoint",
+            )
 
     def close(self) -> None:
         """Free the space. Nothing may be in flight."""
@@ -133,6 +144,7 @@ class FileColumn:
         if high == self.numel and nbytes + rest <= room:  # the column's own padding, for the page cache's sake
             nbytes += rest
         store = self.store
+        store.require_whole()
         call = store.engine.write if writes else store.engine.read
         ticket = call(store.direct, store.plain, buffer.data_ptr(), nbytes, self.offset + low * item)
         return Ticket(store, ticket, buffer, writes)
@@ -161,6 +173,7 @@ class Ticket:
         """Return when it is over, and how."""
         if self._result is None:
             self._result = self._store.engine.wait(self._number)
+            self._store.is_torn |= self._writes and self._result != (0, 0, 0)
             del self._buffer
         return self._result
 

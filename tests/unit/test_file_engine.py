@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import deepcore
+from deepcore import zero
 from deepcore.errors import BuildError, ConfigError, StorageError
 from deepcore.ops import build, file_engine
 from deepcore.ops.file_engine import FileEngine, PythonFileEngine, make_engine
@@ -174,6 +175,25 @@ def step(engine: Any, width: int = 96) -> None:
     engine.step()
 
 
+def refuse_writes(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the drive behind a store be full: what is written from now on fails, half way."""
+    wait, write, refused = store.engine.wait, store.engine.write, set[int]()
+
+    class Full:
+        read = store.engine.read
+
+        def write(self, direct: int, plain: int, address: int, nbytes: int, offset: int) -> int:
+            ticket = write(direct, plain, address, nbytes // 2, offset)
+            refused.add(ticket)
+            return ticket
+
+        def wait(self, ticket: int) -> tuple[int, int, int]:
+            result = wait(ticket)
+            return (errno.ENOSPC, 0, 0) if ticket in refused else result
+
+    monkeypatch.setattr(store, "engine", Full())
+
+
 def tensor_bytes() -> int:
     gc.collect()
     storages = {}
@@ -204,6 +224,20 @@ def test_training_stops_for_good_where_a_transfer_fails(tmp_path: Path, monkeypa
     os.truncate(engine.strategy.arena._store.plain, 8192)
     with pytest.raises(StorageError, match="too early"):
         step(engine)
+    with pytest.raises(StorageError, match="torn"):
+        step(engine)
+    engine.destroy()
+
+
+def test_training_stops_for_good_where_a_write_from_outside_an_update_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = trained(tmp_path)
+    weight = next(engine.module.parameters())
+    refuse_writes(engine.strategy.arena._store, monkeypatch)
+    with pytest.raises(StorageError, match="could not be written"):
+        zero.safe_set_full_optimizer_state(weight, torch.zeros(weight.shape), "exp_avg")
+    monkeypatch.undo()  # the drive has room again, but what was to be written is not there
     with pytest.raises(StorageError, match="torn"):
         step(engine)
     engine.destroy()
