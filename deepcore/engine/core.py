@@ -19,7 +19,7 @@ from deepcore.engine.clock import Clock
 from deepcore.engine.report import StepReport
 from deepcore.engine.tokens import TokenCount
 from deepcore.engine.trainability import LateThaws
-from deepcore.errors import UsageError
+from deepcore.errors import StorageError, UsageError
 from deepcore.optim.clip import GradientVerdict, judge
 from deepcore.optim.factory import EngineOptimizer
 from deepcore.precision.policy import LOW_PRECISION
@@ -167,13 +167,20 @@ class TrainCore:
             self.strategy.watch.absorb()
         verdict = self.judge_gradients()
         with torch.no_grad():
-            self.optimizer.update(verdict.grad_scale, verdict.skip)
+            self._update(verdict)
             self.strategy.publish()
             names = self.agreement.names or self.strategy.arena.names
             self.last_report = self.fresh_report = StepReport(verdict, names, self.scaler.state)
             self.scaler.update(verdict.skip)
         self.clear()
         self.clock.tick_step()
+
+    def _update(self, verdict: GradientVerdict) -> None:
+        try:
+            self.optimizer.update(verdict.grad_scale, verdict.skip)
+        except StorageError as error:  # only this rank knows: the others have to be told, or would train on with a part
+            self.kill(f"offloaded state is torn, for an update failed half way: {str(error).splitlines()[0]}")
+            raise
 
     @torch.no_grad()
     def judge_gradients(self) -> GradientVerdict:

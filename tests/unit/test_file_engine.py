@@ -17,7 +17,7 @@ import torch
 
 import deepcore
 from deepcore import zero
-from deepcore.errors import BuildError, ConfigError, StorageError
+from deepcore.errors import BuildError, ConfigError, StorageError, UsageError
 from deepcore.ops import build, file_engine
 from deepcore.ops.file_engine import FileEngine, PythonFileEngine, make_engine
 from deepcore.plan.memory import plan_memory
@@ -224,7 +224,7 @@ def test_training_stops_for_good_where_a_transfer_fails(tmp_path: Path, monkeypa
     os.truncate(engine.strategy.arena._store.plain, 8192)
     with pytest.raises(StorageError, match="too early"):
         step(engine)
-    with pytest.raises(StorageError, match="torn"):
+    with pytest.raises(UsageError, match="torn"):
         step(engine)
     engine.destroy()
 
