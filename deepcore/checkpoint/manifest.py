@@ -28,6 +28,7 @@ FILE_NAME = "manifest.json"
 MAX_DIMS, MAX_NBYTES = 64, 1 << 31  # of a tensor; of a manifest
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 _HEAD = re.compile(rb'\{"crc32": "([0-9a-f]{8})", "manifest": ')
+_TAIL = b"}\n"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The file: JSON whose first member is a checksum of the second."""
         inner = json.dumps(self._plain(), separators=(",", ":"), allow_nan=False).encode()
-        return b'{"crc32": "%08x", "manifest": ' % zlib.crc32(inner) + inner + b"}\n"
+        return b'{"crc32": "%08x", "manifest": ' % zlib.crc32(inner) + inner + _TAIL
 
     def _plain(self) -> dict[str, Any]:
         return {
@@ -111,10 +112,10 @@ class Manifest:
             CheckpointError: it is damaged, foreign, newer, or says what cannot be.
         """
         head = _HEAD.match(data)
-        inner = data[head.end() :].rstrip(b"\n")[:-1] if head else b""
+        inner = data[head.end() : -len(_TAIL)] if head else b""
         if head is None:
             raise _foreign(where, data)
-        if f"{zlib.crc32(inner):08x}".encode() != head.group(1):
+        if f"{zlib.crc32(inner):08x}".encode() != head.group(1) or not data.endswith(_TAIL):
             raise CheckpointError(
                 f"{where} is damaged",
                 got="a checksum that is not its content's",
