@@ -2,6 +2,7 @@
 // Knows nothing of how files were opened.
 #include "host/block_file.h"
 
+#include <fcntl.h>
 #include <sys/uio.h>
 #include <unistd.h>
 #include <cerrno>
@@ -149,6 +150,16 @@ void gather(const std::vector<Piece>& pieces, char* memory, int threads) {
     const int64_t total = nbytes_of(pieces);
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total / kLeast));
     in_parts(parts, [&](int64_t part) { copy_some(pieces, memory, total * part / parts, total * (part + 1) / parts); });
+}
+
+int reserve(int file, int64_t nbytes) {
+#if defined(__linux__)
+    while (nbytes > 0 && fallocate(file, 0, 0, nbytes) != 0) {
+        if (errno == EOPNOTSUPP || errno == ENOSYS) return 0;
+        if (errno != EINTR) return errno;
+    }
+#endif
+    return 0;
 }
 
 Failure write_blocks(int file, int64_t offset, const std::vector<Piece>& pieces, int64_t block, uint32_t* sums) {

@@ -82,6 +82,7 @@ PYBIND11_MODULE(deepcore_files, module) {
         const py::gil_scoped_release unlocked;
         deepcore::gather(pieces, reinterpret_cast<char*>(address), threads);
     });
+    module.def("reserve", &deepcore::reserve, py::call_guard<py::gil_scoped_release>());
     module.def("write_blocks", &write_blocks);
     module.def("read_blocks", &read_blocks);
     module.def("crc32c", [](uint32_t crc, uintptr_t address, int64_t nbytes) {

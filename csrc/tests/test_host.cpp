@@ -95,6 +95,7 @@ void blocks_come_back(int threads) {
     CHECK(verdict.failure.code == 0);
     CHECK(verdict.failure.missing > 0);
     fclose(stream);
+    CHECK(reserve(-1, 100) != 0);
     CHECK(write_blocks(-1, 0, cut(bytes, false), kBlock, sums.data()).code != 0);
 }
 

@@ -38,6 +38,9 @@ def write_parts(path: Path, parts: Sequence[torch.Tensor], *, fsync: bool, advan
     transfers, sums, offset = block_file.for_writing(), list[int](), 0
     staging = _Staging()
     with _created(path) as file:
+        code = transfers.reserve(file, sum(part.numel() for part in parts))
+        if code:
+            raise OSError(code, os.strerror(code), str(path))
         for window in _cut(parts):
             host = staging.gather(window)
             failure, found = transfers.write(file, offset, [(part.data_ptr(), part.numel()) for part in host], BLOCK)

@@ -47,6 +47,9 @@ class Transfers(Protocol):
 
     algorithm: str
 
+    def reserve(self, file: int, nbytes: int) -> int:
+        """Take space for the first bytes of a file that is empty; 0, or the errno of what went wrong."""
+
     def write(self, file: int, offset: int, pieces: Sequence[Piece], block: int) -> tuple[Failure, list[int]]:
         """Let the pieces, one after the other, be the file from byte ``offset`` on; the checksums of its blocks."""
 
@@ -100,6 +103,10 @@ def gather(pieces: Sequence[Piece], address: int, threads: int) -> None:
 class _Native:
     algorithm = CRC32C
 
+    def reserve(self, file: int, nbytes: int) -> int:
+        code: int = native_module().reserve(file, nbytes)
+        return code
+
     def write(self, file: int, offset: int, pieces: Sequence[Piece], block: int) -> tuple[Failure, list[int]]:
         failure, sums = native_module().write_blocks(file, offset, list(pieces), block)
         return failure, sums
@@ -117,6 +124,9 @@ class PythonTransfers:
         self.algorithm = algorithm
         sums: dict[str, Callable[[memoryview, int], int]] = {CRC32: zlib.crc32, CRC32C: crc32c.crc32c}
         self._sum = sums[algorithm]
+
+    def reserve(self, file: int, nbytes: int) -> int:
+        return 0  # Python's posix_fallocate writes every block where the file system cannot
 
     def write(self, file: int, offset: int, pieces: Sequence[Piece], block: int) -> tuple[Failure, list[int]]:
         sums = []

@@ -37,8 +37,9 @@ def fail_on_rank_1(folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if engine.global_rank == 1:
             patch.setattr(io.block_file, "for_writing", Full)
-        with pytest.raises(CheckpointError, match=r"(?s)rank 1 could not.*No space.*complete checkpoints there.*one"):
-            engine.save_checkpoint(folder, tag="two")
+        for Full.shows_early in (False, True):
+            with pytest.raises(CheckpointError, match=r"(?s)rank 1 could not.*No space.*complete checkpoints there.*one"):
+                engine.save_checkpoint(folder, tag="two")
     run(engine, 1, 2)  # training goes on, and so does saving
     engine.save_checkpoint(folder, tag="two")
     engine.destroy()
@@ -46,9 +47,12 @@ def fail_on_rank_1(folder: Path) -> str:
 
 
 class Full:
-    """Transfers to a disk without room."""
+    """Transfers to a disk without room, which shows when it is reserved or when it is needed."""
 
-    algorithm = "crc32c"
+    algorithm, shows_early = "crc32c", False
+
+    def reserve(self, *args: Any) -> int:
+        return 28 if self.shows_early else 0
 
     def write(self, *args: Any) -> Any:
         return (28, 0, 0), []
@@ -124,6 +128,9 @@ class Waiting:
 
     def __init__(self, sign: Path) -> None:
         self._sign, self._real = sign, io.block_file.PythonTransfers("crc32c")
+
+    def reserve(self, *args: Any) -> int:
+        return 0
 
     def write(self, *args: Any) -> Any:
         while not self._sign.exists():
@@ -201,6 +208,9 @@ class Fatal:
 
     def __init__(self, late: bool) -> None:
         self._late, self._real = late, io.block_file.PythonTransfers("crc32c")
+
+    def reserve(self, *args: Any) -> int:
+        return 0
 
     def write(self, *args: Any) -> Any:
         if self._late:
