@@ -14,6 +14,7 @@ import deepcore
 from deepcore import sequence
 from deepcore.cli import main
 from deepcore.errors import ConfigError, UsageError
+from deepcore.ops.file_engine import make_engine
 from deepcore.pipe import PipelineModule
 from tests.dist.pool import run_ranks
 from tests.parity import reader, stages
@@ -46,6 +47,20 @@ def test_it_passes_what_trains_right(stage: int, section: str) -> None:
         more["fp16"]["initial_scale_power"] = 6
     for passed, _, table in run_ranks(2, check, settings(zero_optimization=zero, **more)):
         assert passed, table
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("stage", "section"), [(1, "bf16"), (2, "none"), (3, "bf16"), (3, "none")])
+def test_it_passes_what_is_in_files(stage: int, section: str, tmp_path: Path) -> None:
+    make_engine(1, 4096)  # built here, where no other rank waits for it
+    where = {"device": "nvme", "nvme_path": str(tmp_path)}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 10, "sub_group_size": 100, "offload_optimizer": where}
+    if stage == 3:
+        zero["offload_param"] = where
+    more = {} if section == "none" else {section: {"enabled": True}}
+    for passed, _, table in run_ranks(2, check, settings(zero_optimization=zero, **more)):
+        assert passed, table
+    assert list(tmp_path.iterdir()) == []
 
 
 def check_broken() -> tuple[bool, str, int]:
