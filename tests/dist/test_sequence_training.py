@@ -104,16 +104,6 @@ def bound_and_unbound() -> list[bool]:
     return refused
 
 
-def verifies() -> None:
-    config = {**CONFIG, "sequence_parallel_size": 2}
-    deepcore.verify(lambda: torch.nn.Linear(1, 1), lambda step, rank, micro: torch.ones(1, 1), config)
-
-
-def test_verify_does_not_pretend_to_know_how_batches_are_cut() -> None:
-    with pytest.raises(RankFailedError, match="ConfigError: verify compares data-parallel layouts"):
-        run_ranks(2, verifies)
-
-
 def test_four_ranks_hold_a_quarter_of_the_activations() -> None:
     whole, *_ = run_ranks(1, bench_sequence.measure, 1024, 1)
     parts = run_ranks(4, bench_sequence.measure, 1024, 1)
