@@ -155,8 +155,9 @@ void gather(const std::vector<Piece>& pieces, char* memory, int threads) {
 int reserve(int file, int64_t nbytes) {
 #if defined(__linux__)
     while (nbytes > 0 && fallocate(file, 0, 0, nbytes) != 0) {
-        if (errno == EOPNOTSUPP || errno == ENOSYS) return 0;
-        if (errno != EINTR) return errno;
+        if (errno == EINTR) continue;
+        const bool no_room = errno == ENOSPC || errno == EDQUOT || errno == EFBIG;
+        return no_room ? errno : 0;  // whatever else is wrong, if anything, the write will say
     }
 #endif
     return 0;

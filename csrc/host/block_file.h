@@ -24,7 +24,7 @@ struct Verdict {
 void gather(const std::vector<Piece>& pieces, char* memory, int threads);
 
 // Take space for the bytes of a file that is written next, in one piece where there is one: a write that has to find
-// its own as it goes takes a fifth longer. Returns 0 or an errno; a file system that cannot is no failure.
+// its own as it goes takes a fifth longer. Returns 0, or the errno of a file that will not fit.
 int reserve(int file, int64_t nbytes);
 
 // The pieces, one after the other, become the file from byte `offset` on. sums: one per block of what is written.
