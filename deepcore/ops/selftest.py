@@ -116,8 +116,8 @@ def _adam(device: torch.device) -> Arguments:
 
 
 def _adam_stochastic(device: torch.device) -> Arguments:
-    params, grads, first, second, largest, _, *rest = _adam(device)
-    low = [tensor.bfloat16() for tensor in params]  # type: ignore[attr-defined]
+    _, grads, first, second, largest, _, *rest = _adam(device)
+    low = [_RAMP.to(device, torch.bfloat16)]
     origins, seed = torch.tensor([[5, 3], [6, 0]], device=device), torch.tensor([7], device=device)
     return [low, grads, first, second, largest, *rest, origins, seed]
 

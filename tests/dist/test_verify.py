@@ -135,13 +135,11 @@ def check_last_stage_broken() -> Any:
             self._arena.grads[0][:1] += 1.0
             self._arena.rewritten(0)
 
-    StageAgreement.sum_shared = wrong  # type: ignore[method-assign]
-    try:
-        more = settings(gradient_accumulation_steps=4, zero_optimization={"stage": 1})
-        del more["scheduler"]
+    more = settings(gradient_accumulation_steps=4, zero_optimization={"stage": 1})
+    del more["scheduler"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageAgreement, "sum_shared", wrong)
         return deepcore.verify(lambda: halves(False), stages.batch, more).first
-    finally:
-        StageAgreement.sum_shared = honest  # type: ignore[method-assign]
 
 
 def test_every_rank_hears_of_a_difference_in_another_ones_layers() -> None:
