@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from deepcore.errors import ConfigError, UsageError
+from deepcore.optim.client_turns import ClientTurns
 from deepcore.optim.clip import GradientVerdict
 from deepcore.optim.segment_optimizer import Agree, alone
 from deepcore.sharding.placement import UpdateRule
@@ -53,6 +55,7 @@ class ClientOptimizer(Optimizer):
         self._closure: Callable[[], Any] | None = None
         self._known: tuple[Any, list[int]] | None = None  # a loss whose gradients are at hand; for which weights
         self._result: Any = None
+        self._turns: ClientTurns | None = None  # where state is in files
 
     def rules(self, params: Mapping[str, torch.nn.Parameter], forms: Mapping[str, Form]) -> dict[str, UpdateRule]:
         """Every parameter whole; see ``SegmentOptimizer.rules``."""
@@ -68,21 +71,27 @@ class ClientOptimizer(Optimizer):
         """Let the client update the arena's masters; see ``SegmentOptimizer.bind``.
 
         Raises:
-            ConfigError: the client's update couples parameters, and this rank does not update all of them.
+            ConfigError: the client's update couples parameters, and this rank does not update all of them, or not at
+                once.
         """
-        if not arena.is_whole and is_coupled(self.client):
-            raise _needs_everything(self.client)
+        if is_coupled(self.client):
+            if not arena.is_whole:
+                raise _needs_everything(self.client)
+            if arena.is_filed:
+                raise _needs_memory(self.client)
         self._arena, self._full_step = arena, full_step
-        self._targets: list[torch.nn.Parameter] = []  # what the client updates, a parameter per segment
+        targets: list[list[torch.nn.Parameter]] = []  # what the client updates: per batch, a parameter per segment
         swapped: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for batch in arena.batches:
+            targets.append([])
             for segment in batch.table.segments:
                 param = params[segment.name]
                 master = arena.forms[segment.name].view(batch.params[segment.tensor], segment)
                 if not _same_memory(master, param):
                     swapped[param] = torch.nn.Parameter(master)
                     swapped[param].grad_dtype = None  # type: ignore[attr-defined]
-                self._targets.append(swapped.get(param, param))
+                targets[-1].append(swapped.get(param, param))
+        self._targets = [target for some in targets for target in some]
         for group in self.client.param_groups:
             # The same list: some optimizers keep it.
             group["params"][:] = [swapped.get(param, param) for param in group["params"]]
@@ -96,11 +105,19 @@ class ClientOptimizer(Optimizer):
         self._target_of: dict[torch.Tensor, torch.nn.Parameter] = dict(swapped.items())
         self._source_of: dict[torch.Tensor, torch.Tensor] = {target: param for param, target in swapped.items()}
         self._mine = set(self._targets)
+        self._turns = ClientTurns(arena, self.client, targets) if arena.is_filed else None
 
     def update(self, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
         """Scale the gradients by ``grad_scale`` in place and let the client step, unless ``skip``."""
         grad_scale, skip = self._arena.here(grad_scale, skip)
         if skip.item() != 0:  # the same on every rank
+            return
+        if self._turns is not None:
+            self._require_none_needed()
+            self._begin_update()
+            self._result = self._turns.step(grad_scale)
+            self._arena.deliver()
+            self._opt_called = True
             return
         self._show_gradients(grad_scale)
         if self._closure is None:
@@ -125,10 +142,13 @@ class ClientOptimizer(Optimizer):
                 do="pass a closure to optimizer.step(), which is a full step of the engine",
             )
 
-    def _show_gradients(self, grad_scale: torch.Tensor) -> None:
+    def _begin_update(self) -> None:
         self._arena.collect()
         for param in self._left_alone:
             param.grad = None
+
+    def _show_gradients(self, grad_scale: torch.Tensor) -> None:
+        self._begin_update()
         position = 0
         for batch in self._arena.visit(states=False, weights=False):
             torch._foreach_mul_(batch.grads, grad_scale.squeeze(0))
@@ -168,12 +188,14 @@ class ClientOptimizer(Optimizer):
 
     def _begin(self, closure: Callable[[], Any]) -> None:
         """Have gradients to start from: some clients expect those of the last backward, most ask for them first."""
-        if not self._arena.is_whole:
+        if self._arena.is_filed or not self._arena.is_whole:
             raise UsageError(
-                "a closure needs all parameters on every rank",
-                got=f"{type(self.client).__name__}.step(closure) at a ZeRO stage that shards optimizer state",
+                "a closure needs all parameters on every rank, in memory",
+                got=f"{type(self.client).__name__}.step(closure) where optimizer state is "
+                + ("in files" if self._arena.is_filed else "in shards"),
                 expected="step() after engine.backward(loss)",
-                do='set "zero_optimization": {"replicate_optimizer": true}, or call step() without a closure',
+                do='set "zero_optimization": {"replicate_optimizer": true}, without nvme, or call step() without a '
+                "closure",
             )
         assert self.evaluator is not None
         if not self.evaluator.has_gradients:
@@ -210,28 +232,44 @@ class ClientOptimizer(Optimizer):
         return self._arena.batches
 
     def state_tensors(self) -> list[torch.Tensor]:
-        """All tensors of the client's state but single numbers."""
+        """All tensors of the client's state that are in memory but single numbers."""
         values = [value for state in self.client.state.values() for value in state.values()]
-        return [value for value in values if isinstance(value, torch.Tensor) and value.ndim]
+        return [value for value in values if isinstance(value, torch.Tensor) and value.ndim and not value.is_meta]
 
     def hide_state(self) -> None:
         """Nothing to hide: the client owns its state, and nobody else views it."""
 
     def release(self) -> None:
-        """The engine is no more: let go of what it kept; the client's own state and masters stay the client's."""
+        """The engine is no more: let go of what it kept; the client's own state and masters stay the client's.
+
+        Those that were in a file are gone with it: the groups have the model's parameters again, the state is empty.
+        """
+        if self._turns is not None:
+            self._turns.release()
+            for group in self.client.param_groups:
+                group["params"][:] = [self.original(param) for param in group["params"]]
         self._arena.release()
 
     def show_state(self) -> None:
         """Nothing to put back."""
 
     def local_state(self, param: torch.Tensor) -> tuple[int | None, dict[str, Any]]:
-        """What this rank keeps of a parameter's state: (None, the client's own dict), each tensor whole."""
-        state: dict[str, Any] = self.client.state.get(self._target_of.get(param, param), {})
-        return None, state
+        """What this rank keeps of a parameter's state: (None, the client's own dict), each tensor whole.
+
+        Where state is in a file they are copies: ``write_state`` writes either.
+        """
+        return self.local_states([param])[0]
 
     def local_states(self, params: Sequence[torch.Tensor]) -> list[tuple[int | None, dict[str, Any]]]:
         """``local_state`` of several."""
-        return [self.local_state(param) for param in params]
+        targets = [self._target_of.get(param, param) for param in params]
+        with self._at_hand(targets, keep=False):
+            # In files, a page's memory stays as long as somebody has a view of it, and nobody else writes there.
+            found = [self.client.state.get(target, {}) for target in targets]
+            return [(None, state if self._turns is None else dict(state)) for state in found]
+
+    def _at_hand(self, targets: Sequence[torch.Tensor], *, keep: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self._turns is None else self._turns.at_hand(targets, keep=keep)
 
     def original(self, target: torch.Tensor) -> torch.Tensor:
         """The model's parameter behind one that stands in the groups."""
@@ -240,7 +278,8 @@ class ClientOptimizer(Optimizer):
     def put_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """Give a parameter that is updated here the state with which its next update begins."""
         target = self._target_of.get(param, param)
-        self.client.state[target] = _beside(target, state)
+        with self._at_hand([target], keep=True):
+            self.client.state[target] = _beside(target, state)
 
     @property
     def updates_everything(self) -> bool:
@@ -253,11 +292,13 @@ class ClientOptimizer(Optimizer):
 
     def write_state(self, param: torch.Tensor, key: str, value: torch.Tensor) -> None:
         """Write what ``local_state`` gives under ``key``: a tensor of the same shape, or a number."""
-        _, state = self.local_state(param)
-        if isinstance(state[key], torch.Tensor):
-            state[key].copy_(value)
-        else:
-            state[key] = type(state[key])(value.item())
+        target = self._target_of.get(param, param)
+        with self._at_hand([target], keep=True):
+            state = self.client.state[target]
+            if isinstance(state[key], torch.Tensor):
+                state[key].copy_(value)
+            else:
+                state[key] = type(state[key])(value.item())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -284,10 +325,17 @@ class ClientOptimizer(Optimizer):
         self.client.defaults = value
 
     def state_dict(self) -> dict[str, Any]:
-        return self.client.state_dict()
+        """The client's own; where its state is in a file, all of that in memory."""
+        if self._turns is None:
+            return self.client.state_dict()
+        with self._turns.all_at_hand(keep=False):
+            found = self.client.state_dict()
+            return {**found, "state": {key: dict(state) for key, state in found["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.client.load_state_dict(state_dict)
+        if self._turns is not None:
+            self._turns.put_away()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.client.zero_grad(set_to_none)
@@ -320,6 +368,15 @@ def _beside(target: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
 
 def _same_memory(master: torch.Tensor, param: torch.Tensor) -> bool:
     return master.dtype == param.dtype and master.data_ptr() == param.data_ptr() and param.numel() == master.numel()
+
+
+def _needs_memory(client: Optimizer) -> ConfigError:
+    return ConfigError(
+        "the update of this optimizer couples parameters, and those in files are updated a few at a time",
+        got=f"{type(client).__name__} with offloaded state on an NVMe drive",
+        expected="an optimizer that updates each parameter by itself",
+        do='set "zero_optimization.offload_optimizer.device" to "cpu"',
+    )
 
 
 def _needs_everything(client: Optimizer) -> ConfigError:

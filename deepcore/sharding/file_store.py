@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ class FileColumn:
     offset: int  # bytes
 
     def begin_read(self, buffer: torch.Tensor, low: int, high: int) -> Ticket:
-        """Fill the head of ``buffer`` with the elements [low, high)."""
+        """Fill the head of ``buffer`` with the elements [low, high); what follows them there may be overwritten."""
         return self._begin(buffer, low, high, writes=False)
 
     def begin_write(self, buffer: torch.Tensor, low: int, high: int) -> Ticket:
@@ -140,8 +141,7 @@ class FileColumn:
         item = self.dtype.itemsize
         nbytes = (high - low) * item
         rest = -high * item % DIRECT_ALIGN
-        room = buffer.untyped_storage().nbytes() - buffer.storage_offset() * item
-        if high == self.numel and nbytes + rest <= room:  # the column's own padding, for the page cache's sake
+        if high == self.numel and nbytes + rest <= buffer.nbytes:  # the column's own padding, for the page cache's sake
             nbytes += rest
         store = self.store
         store.require_whole()
@@ -151,13 +151,14 @@ class FileColumn:
 
     def read(self, low: int, high: int) -> torch.Tensor:
         """The elements [low, high) in memory of their own."""
-        buffer = aligned_buffer(high - low, self.dtype)
+        buffer = aligned_buffer(_padded(high - low), self.dtype)
         self.begin_read(buffer, low, high).wait()
-        return buffer
+        return buffer[: high - low]
 
     def write(self, low: int, values: torch.Tensor) -> None:
         """Write 1-D values of any dtype from ``low`` on."""
-        buffer = aligned_buffer(values.numel(), self.dtype).copy_(values)
+        buffer = aligned_buffer(_padded(values.numel()), self.dtype)
+        buffer[: values.numel()].copy_(values)
         self.begin_write(buffer, low, low + values.numel()).wait()
 
 
@@ -189,6 +190,23 @@ class Ticket:
             expected="a drive that keeps what was written to it",
             do="look at the drive's health and space; start again from the last checkpoint",
         )
+
+
+def finish(tickets: Sequence[Ticket]) -> None:
+    """Wait for all of them; StorageError where one failed."""
+    settle(tickets)
+    for ticket in tickets:
+        ticket.wait()
+
+
+def settle(tickets: Sequence[Ticket]) -> None:
+    """Return when all of them are over, however they ended."""
+    for ticket in tickets:
+        ticket.settle()
+
+
+def _padded(numel: int) -> int:
+    return -(-numel // DIRECT_ALIGN) * DIRECT_ALIGN
 
 
 def aligned_buffer(numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -5,14 +5,14 @@ Knows nothing of formulas, ranks or how files are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from deepcore.errors import StorageError
-from deepcore.sharding.file_store import FileColumn, Ticket, aligned_buffer
+from deepcore.sharding.file_store import FileColumn, FileStore, Ticket, aligned_buffer, finish, settle
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.homes import Homes
 from deepcore.sharding.memory import lazy_zeros
@@ -31,13 +31,16 @@ class FiledArena(TiledArena):
 
     In ``masters`` an empty tensor stands for one that is in the file: ``master_run`` and ``store_master`` go there.
     Batches hold a tile's content inside ``visit`` and ``at_hand`` only.
+
+    Attributes:
+        homes: the sizes of tiles and of the ring.
     """
 
-    is_filed = True
+    store: FileStore
 
     def __init__(self, groups: Sequence[FlatGroup], rank: int, homes: Homes) -> None:
         assert homes.store is not None
-        self._store = homes.store
+        self.store = homes.store
         self._columns: list[dict[str, FileColumn]] = []  # per group, by name
         self._ring: dict[tuple[int, str], torch.Tensor] = {}
         self._torn = False  # whether a transfer failed half way through an update
@@ -51,7 +54,7 @@ class FiledArena(TiledArena):
             self._hold_filed(group, group.column, master)
             return
         if master is not None:
-            column = master if isinstance(master, FileColumn) else self._homes.file(master)
+            column = master if isinstance(master, FileColumn) else self.homes.file(master)
             self._columns[-1][MASTER] = column
             master = torch.empty(0, dtype=column.dtype)
         super()._hold(group, weights, master)
@@ -67,7 +70,7 @@ class FiledArena(TiledArena):
         self._twins.append(None)
         self.masters.append(torch.empty(0, dtype=columns[MASTER].dtype))
         self.copies.append(None if master is None else nothing)
-        make = self._homes.memory.zeros if self.apart else partial(lazy_zeros, device=self.device)
+        make = self.homes.memory.zeros if self.apart else partial(lazy_zeros, device=self.device)
         self.grads.append(make(shard.numel, group.dtypes.accumulate))
 
     def _copies_of(self, tile: Tile, place: int) -> list[torch.Tensor]:
@@ -78,7 +81,7 @@ class FiledArena(TiledArena):
 
     def round_masters(self) -> None:
         for number, columns in enumerate(self._columns):
-            copy, size = self.copies[number], self._homes.tile_numel
+            copy, size = self.copies[number], self.homes.tile_numel
             for low in range(0, self.grads[number].numel() if copy is not None else 0, size):
                 high = min(low + size, self.grads[number].numel())
                 values = self.master_run(number, low, high)
@@ -90,7 +93,7 @@ class FiledArena(TiledArena):
 
     def _cut(self, number: int) -> Iterator[tuple[int, int]]:
         begin, end = self.ranges[number]
-        size = self._homes.tile_numel
+        size = self.homes.tile_numel
         for low in range(0, end - begin, size):
             yield low, min(low + size, end - begin)
 
@@ -101,20 +104,28 @@ class FiledArena(TiledArena):
 
     def _buffer(self, place: int, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Room for a tile's part of a column, shared by all tiles of one place in the ring."""
-        key = (place % self._homes.num_buffers, f"{name} {dtype}")
+        key = (place % self.homes.num_buffers, f"{name} {dtype}")
         if key not in self._ring:
             largest = max(group.layout.shard_numel for group in self.groups)
-            self._ring[key] = aligned_buffer(min(self._homes.tile_numel, -(-largest // 4096) * 4096), dtype)
+            self._ring[key] = aligned_buffer(min(self.homes.tile_numel, -(-largest // 4096) * 4096), dtype)
         return self._ring[key]
 
     def allocate_state(self, names: Sequence[str], family: str = "", dtype: torch.dtype = torch.float32) -> None:
         assert family == "", "whole-parameter updates are refused before"
         for number, group in enumerate(self.groups):
             for name in names:
-                self._columns[number][name] = self._store.column(group.layout.shard_numel, dtype)
+                self._columns[number][name] = self.store.column(group.layout.shard_numel, dtype)
         for place, (tile, batch) in enumerate(zip(self.tiles, self.batches, strict=True)):
             for name in names:
                 batch.states[name] = [self._buffer(place, name, dtype)[: tile.end - tile.begin]]
+
+    def master_column(self, number: int) -> FileColumn | None:
+        """Where the master shard of a group is; None where it is in memory."""
+        return self._columns[number].get(MASTER)
+
+    def copy_column(self, number: int) -> FileColumn | None:
+        """Likewise the shard of its weights, where that is not the master."""
+        return self._columns[number].get(COPY)
 
     def master_run(self, number: int, low: int, high: int) -> torch.Tensor:
         column = self._columns[number].get(MASTER)
@@ -130,39 +141,51 @@ class FiledArena(TiledArena):
     # --- tiles in memory ------------------------------------------------------------------------------------------
 
     def visit(self, *, states: bool = True, weights: bool = True, loose: bool = False) -> Iterator[SegmentBatch]:
-        self._require_whole()
-        count, size = len(self.tiles), self._homes.num_buffers
-        ahead = max(1, size - 2)  # so that a write has a tile's time to finish before its memory is read into
+        write = partial(self._begin, writes=True, states=states, weights=weights)
+        for place in self.passing(len(self.tiles), partial(self._begin, writes=False), write):
+            self._shards.arrive(self.tiles[place].group)
+            yield self.batches[place]
+            if weights:
+                self._send(self.tiles[place])
+
+    def passing(
+        self, count: int, read: Callable[[int], list[Ticket]], write: Callable[[int], list[Ticket]]
+    ) -> Iterator[int]:
+        """The numbers below ``count`` in turn, each with its content in memory until the next is asked for.
+
+        What ``read`` and ``write`` begin for a number uses the memory of its place in a ring of ``homes.num_buffers``.
+        Until all of them have passed, state is torn.
+        """
+        self.require_whole()
+        size = self.homes.num_buffers
+        ahead = max(1, size - 2)  # so that a write has a turn's time to finish before its memory is read into
         flights: dict[int, list[Ticket]] = {}
         begun = 0
         self._torn = True
         try:
-            for place, tile in enumerate(self.tiles):
-                while begun < min(place + ahead + 1, count):
-                    _finish(flights.pop(begun - size, []))
-                    flights[begun] = self._begin(begun, writes=False)
+            for number in range(count):
+                while begun < min(number + ahead + 1, count):
+                    finish(flights.pop(begun - size, []))
+                    flights[begun] = read(begun)
                     begun += 1
-                _finish(flights.pop(place))
-                self._shards.arrive(tile.group)
-                yield self.batches[place]
-                if weights:
-                    self._send(tile)
-                flights[place] = self._begin(place, writes=True, states=states, weights=weights)
+                finish(flights.pop(number))
+                yield number
+                flights[number] = write(number)
             while flights:
-                _finish(flights.pop(min(flights)))
+                finish(flights.pop(min(flights)))
             self._torn = False
         finally:
             for tickets in flights.values():  # something failed: what is in flight still uses our memory
-                _settle(tickets)
+                settle(tickets)
 
     @contextmanager
     def at_hand(self, batch: SegmentBatch, *, keep: bool) -> Iterator[None]:
-        self._require_whole()
+        self.require_whole()
         place = next(place for place, other in enumerate(self.batches) if other is batch)
-        _finish(self._begin(place, writes=False))
+        finish(self._begin(place, writes=False))
         yield
         if keep:
-            _finish(self._begin(place, writes=True))
+            finish(self._begin(place, writes=True))
 
     def _begin(self, place: int, *, writes: bool, states: bool = True, weights: bool = True) -> list[Ticket]:
         tile, tickets = self.tiles[place], []
@@ -173,7 +196,8 @@ class FiledArena(TiledArena):
                 tickets.append(begin(buffer, tile.begin, tile.end))
         return tickets
 
-    def _require_whole(self) -> None:
+    def require_whole(self) -> None:
+        """Raise where an update failed half way, or is under way."""
         if self._torn:
             raise StorageError(
                 "offloaded state is torn: an update failed half way, or is under way",
@@ -185,15 +209,4 @@ class FiledArena(TiledArena):
     def release(self) -> None:
         super().release()
         self._ring.clear()
-        self._store.close()
-
-
-def _finish(tickets: Sequence[Ticket]) -> None:
-    _settle(tickets)
-    for ticket in tickets:
-        ticket.wait()
-
-
-def _settle(tickets: Sequence[Ticket]) -> None:
-    for ticket in tickets:
-        ticket.settle()
+        self.store.close()

@@ -41,21 +41,23 @@ class PieceArena(UpdateArena):
     Each piece is a tensor of its own, so that state is allocated for what is updated and for nothing else.
     """
 
-    def __init__(self, base: ShardArena, pieces: Sequence[Piece], *, is_whole: bool) -> None:
+    def __init__(self, base: ShardArena, *, is_whole: bool) -> None:
         self.base = base
         self.device, self.home, self.is_local = base.device, base.home, base.is_local
         self.names, self.forms, self.usage = base.names, base.forms, base.usage
         self.is_whole = is_whole
         self.batches: list[SegmentBatch] = []
         self.params_of: list[torch.Tensor] = []
+
+    def add(self, pieces: Sequence[Piece]) -> list[SegmentBatch]:
+        """Make batches of more pieces."""
         kinds: dict[tuple[object, ...], list[Piece]] = {}
         for piece in pieces:
             copy = None if piece.copy is None else piece.copy.dtype
             kinds.setdefault((piece.family, piece.master.dtype, piece.grad.dtype, copy), []).append(piece)
-        for members in kinds.values():
-            self._add_batch(members)
+        return [self._add_batch(members) for members in kinds.values()]
 
-    def _add_batch(self, members: Sequence[Piece]) -> None:
+    def _add_batch(self, members: Sequence[Piece]) -> SegmentBatch:
         segments = [
             Segment(self.names[piece.param], index, 0, piece.master.numel(), offset=piece.offset)
             for index, piece in enumerate(members)
@@ -72,6 +74,7 @@ class PieceArena(UpdateArena):
                 family=members[0].family,
             )
         )
+        return self.batches[-1]
 
     def here(self, *scalars: torch.Tensor) -> Sequence[torch.Tensor]:
         return self.base.here(*scalars)

@@ -47,7 +47,7 @@ class TiledArena(ShardArena):
 
     def __init__(self, groups: Sequence[FlatGroup], rank: int, homes: Homes) -> None:
         load("cpu")
-        self._homes, self.apart = homes, homes.apart
+        self.homes, self.apart = homes, homes.apart
         self._twins: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # (on the host, on the device)
         self.tiles: list[Tile] = []
         super().__init__(groups, rank)
@@ -71,12 +71,12 @@ class TiledArena(ShardArena):
             super()._hold(group, weights, master)
             self._twins.append(None)
             return
-        away = self._homes.shards_away and isinstance(group, ShardedGroup)
-        twin = weights if away else self._homes.memory.like(weights)
+        away = self.homes.shards_away and isinstance(group, ShardedGroup)
+        twin = weights if away else self.homes.memory.like(weights)
         self._twins.append(None if away else (twin, weights))
         self.masters.append(twin if master is None else master.cpu())
         self.copies.append(None if master is None else twin)
-        self.grads.append(self._homes.memory.zeros(weights.numel(), group.dtypes.accumulate))
+        self.grads.append(self.homes.memory.zeros(weights.numel(), group.dtypes.accumulate))
 
     def _make_batches(self) -> None:
         home = CPU if self.apart else self.device
@@ -113,7 +113,7 @@ class TiledArena(ShardArena):
         low = begin
         for part in self.groups[number].layout.overlaps(begin, end):
             start = begin + part.in_range
-            if start > low and start + part.numel - low > self._homes.tile_numel:
+            if start > low and start + part.numel - low > self.homes.tile_numel:
                 yield low - begin, start - begin
                 low = start
         if low < end:
@@ -201,7 +201,7 @@ class TiledArena(ShardArena):
         super().release()
         self._twins.clear()
         self._shards = _Inbox(self)
-        self._homes.release()
+        self.homes.release()
 
 
 class _Inbox:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deepcore.sharding.file_store import FileStore
 from deepcore.sharding.memory import lazy_zeros
 from deepcore.sharding.segments import Segment, SegmentBatch
 
@@ -41,7 +42,7 @@ class UpdateArena:
     Attributes:
         device: where weights are used and gradients are reduced.
         home: device of all tensors of the batches.
-        is_filed: state is in a file, and in a batch's tensors only inside ``visit`` and ``at_hand``.
+        store: the file that state is in, which is in a batch's tensors only inside ``visit`` and ``at_hand``; or None.
         is_local: False where the update first looks at ``skip``, to save the way there and back.
         names: of all parameters, also of those that other ranks update.
         usage: uint8 (P,), a flag per parameter in that order: 1 where a gradient arrived in this window.
@@ -51,7 +52,7 @@ class UpdateArena:
         is_whole: whether this rank updates every parameter from end to end.
     """
 
-    is_filed = False
+    store: FileStore | None = None
     is_local = True
     device: torch.device
     home: torch.device
@@ -61,6 +62,11 @@ class UpdateArena:
     batches: list[SegmentBatch]
     params_of: list[torch.Tensor]
     is_whole: bool
+
+    @property
+    def is_filed(self) -> bool:
+        """Whether state is in a file."""
+        return self.store is not None
 
     def here(self, *scalars: torch.Tensor) -> Sequence[torch.Tensor]:
         """What the device decided of this step, fp32 (1,) each, on ``home``. Waits where that is another device."""

@@ -36,7 +36,8 @@ class ReplicatedArena(PieceArena):
                 if weight.numel():
                     pieces.append(Piece(index, 0, rules[name].family, weight, gradient, None))
                 index += 1
-        super().__init__(base, pieces, is_whole=True)
+        super().__init__(base, is_whole=True)
+        self.add(pieces)
 
     @property
     def guest_nbytes(self) -> int:

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from deepcore.comm.mesh import Axis
 from deepcore.errors import ConfigError
 from deepcore.optim.segment_optimizer import Agree, alone
+from deepcore.sharding.filed import FiledArena
 from deepcore.sharding.placement import UpdateRule
 from deepcore.sharding.update_arena import UpdateArena
 from deepcore.zero.replicated import ReplicatedArena
 from deepcore.zero.strategy import ZeroStrategy
 from deepcore.zero.whole import WholeArena
+from deepcore.zero.whole_filed import FiledWholeArena
 
 
 def place_updates(
@@ -29,20 +31,22 @@ def place_updates(
         replicate: every rank is to update everything.
     """
     base = strategy.arena
-    if base.is_filed and (replicate or any(rule.whole or rule.family for rule in rules.values())):
-        raise _needs_memory(replicate)
+    if base.is_filed and replicate:
+        raise _needs_memory()
     if replicate and not base.is_whole:
         return ReplicatedArena(base, axis, rules), alone
+    if isinstance(base, FiledArena) and any(rule.whole or rule.family for rule in rules.values()):
+        return FiledWholeArena(base, axis, rules), strategy.agree
     one_kind = all(not rule.family for rule in rules.values())
     if one_kind and (base.is_whole or not any(rule.whole for rule in rules.values())):
         return base, strategy.agree
     return WholeArena(base, axis, rules), strategy.agree
 
 
-def _needs_memory(replicate: bool) -> ConfigError:
+def _needs_memory() -> ConfigError:
     return ConfigError(
-        "optimizer state in a file is updated tile by tile, and this update needs whole parameters",
-        got="replicate_optimizer" if replicate else "Muon, or an optimizer passed as an object",
-        expected="Adam, AdamW, LAMB, Lion, Adagrad or SGD of deepcore.optim or the config, without replicate_optimizer",
-        do='set "zero_optimization.offload_optimizer.device" to "cpu", or choose another optimizer',
+        "optimizer state in a file is updated a few parameters at a time, and this update needs all of them at once",
+        got="replicate_optimizer",
+        expected="an optimizer that updates each parameter by itself, without replicate_optimizer",
+        do='set "zero_optimization.offload_optimizer.device" to "cpu", or leave out replicate_optimizer',
     )

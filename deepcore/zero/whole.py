@@ -6,33 +6,15 @@ Knows nothing of formulas: an optimizer says which parameters it needs whole, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from deepcore.comm.mesh import Axis
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.pieces import Piece, PieceArena
-from deepcore.sharding.placement import Cut, Cuts, UpdateRule, assign_owners, cut_slots
-from deepcore.zero.exchange import Exchange, run
-
-_MASTER, _GRAD = range(2)  # of the tensors that an owner keeps for a travelling parameter
-
-
-@dataclass(frozen=True)
-class _Param:
-    """A parameter, where its parts are, and who updates it if that is one rank's work."""
-
-    index: int
-    name: str
-    group: int
-    rule: UpdateRule
-    cuts: Cuts
-    owner: int
-
-    @property
-    def travels(self) -> bool:
-        return self.rule.whole and (len(self.cuts) > 1 or self.owner not in self.cuts.ranks)
+from deepcore.sharding.placement import Cut, UpdateRule
+from deepcore.zero.exchange import run
+from deepcore.zero.ownership import OwnedParam, Side, Travel, owned_params
 
 
 class WholeArena(PieceArena):
@@ -51,60 +33,29 @@ class WholeArena(PieceArena):
     """
 
     def __init__(self, base: ShardArena, axis: Axis, rules: Mapping[str, UpdateRule]) -> None:
-        self._axis = axis
-        self._rank = 0 if base.is_whole else axis.rank
-        self._size = 1 if base.is_whole else axis.size
-        params = [param for param in self._params(base, rules) if param.cuts]
+        rank, size = (0, 1) if base.is_whole else (axis.rank, axis.size)
+        params = owned_params(base, rules, size)
         travelling = [param for param in params if param.travels]
-        guests: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # master and gradient of what is updated for others
+        masters: dict[int, torch.Tensor] = {}  # of what is updated here for others
+        grads: dict[int, torch.Tensor] = {}
         for param in travelling:
-            if param.owner == self._rank:
+            if param.owner == rank:
                 numel = base.forms[param.name].numel
-                master, grad = base.masters[param.group], base.grads[param.group]
-                guests[param.index] = (master.new_empty(numel), grad.new_empty(numel))
-        self._guest_nbytes = sum(master.nbytes + grad.nbytes for master, grad in guests.values())
-        super().__init__(base, list(self._pieces(base, params, guests)), is_whole=base.is_whole)
-        plan = _Plan(axis, self._rank, self._size, travelling, guests)
-        self._inward = plan.exchanges([(_MASTER, base.masters), (_GRAD, base.grads)], inward=True)
-        self._outward = plan.exchanges([(_MASTER, base.masters)], inward=False)
+                masters[param.index] = base.masters[param.group].new_empty(numel)
+                grads[param.index] = base.grads[param.group].new_empty(numel)
+        self._guest_nbytes = sum(tensor.nbytes for tensor in [*masters.values(), *grads.values()])
+        super().__init__(base, is_whole=base.is_whole)
+        self.add(list(_pieces(base, rank, params, masters, grads)))
+        travel = Travel(axis, rank, size, travelling, self.home)
+        weights = Side([master.dtype for master in base.masters], _at_home(base.masters, rank, travelling), masters)
+        gradients = Side([grad.dtype for grad in base.grads], _at_home(base.grads, rank, travelling), grads)
+        self._inward = travel.exchanges([weights, gradients], inward=True)
+        self._outward = travel.exchanges([weights], inward=False)
         self._arrivals = [
-            (_run(copy, cut), _run(base.masters[param.group], cut))
+            (_run(copy, cut), weights.at_home[param.index])
             for param in travelling
-            if (cut := param.cuts.of(self._rank)) is not None and (copy := base.copies[param.group]) is not None
+            if (cut := param.cuts.of(rank)) is not None and (copy := base.copies[param.group]) is not None
         ]
-
-    def _params(self, base: ShardArena, rules: Mapping[str, UpdateRule]) -> list[_Param]:
-        found = [
-            (name, number, cuts)
-            for number, group in enumerate(base.groups)
-            for name, cuts in zip(group.names, cut_slots(group.layout, whole=base.is_whole), strict=True)
-        ]
-        whole = [index for index, (name, _, _) in enumerate(found) if rules[name].whole]
-        owners = assign_owners(
-            [rules[found[index][0]].cost for index in whole],
-            [found[index][2].numels() for index in whole],
-            self._size,
-        )
-        owner_of = dict(zip(whole, owners, strict=True))
-        return [
-            _Param(index, name, number, rules[name], cuts, owner_of.get(index, -1))
-            for index, (name, number, cuts) in enumerate(found)
-        ]
-
-    def _pieces(
-        self, base: ShardArena, params: Sequence[_Param], guests: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
-    ) -> Iterator[Piece]:
-        for param in params:
-            form, family = base.forms[param.name], param.rule.family
-            if param.index in guests:
-                master, grad = (tensor.as_strided(form.shape, form.stride) for tensor in guests[param.index])
-                yield Piece(param.index, 0, family, master, grad, None)
-            elif (cut := param.cuts.of(self._rank)) is not None and not param.travels:
-                shape, stride = (form.shape, form.stride) if param.rule.whole else ((cut.numel,), (1,))
-                take = _taker(cut, shape, stride)
-                copy = base.copies[param.group]
-                master, grad = take(base.masters[param.group]), take(base.grads[param.group])
-                yield Piece(param.index, cut.in_slot, family, master, grad, None if copy is None else take(copy))
 
     def collect(self) -> None:
         self.base.settle()
@@ -122,53 +73,33 @@ class WholeArena(PieceArena):
         return self._guest_nbytes
 
 
+def _at_home(shards: Sequence[torch.Tensor], rank: int, params: Sequence[OwnedParam]) -> dict[int, torch.Tensor]:
+    return {param.index: _run(shards[param.group], cut) for param in params if (cut := param.cuts.of(rank)) is not None}
+
+
+def _pieces(
+    base: ShardArena,
+    rank: int,
+    params: Sequence[OwnedParam],
+    masters: Mapping[int, torch.Tensor],
+    grads: Mapping[int, torch.Tensor],
+) -> Iterator[Piece]:
+    for param in params:
+        form, family = base.forms[param.name], param.rule.family
+        if param.index in masters:
+            master, grad = (tensors[param.index].as_strided(form.shape, form.stride) for tensors in (masters, grads))
+            yield Piece(param.index, 0, family, master, grad, None)
+        elif (cut := param.cuts.of(rank)) is not None and not param.travels:
+            shape, stride = (form.shape, form.stride) if param.rule.whole else ((cut.numel,), (1,))
+            take = _taker(cut, shape, stride)
+            copy = base.copies[param.group]
+            master, grad = take(base.masters[param.group]), take(base.grads[param.group])
+            yield Piece(param.index, cut.in_slot, family, master, grad, None if copy is None else take(copy))
+
+
 def _run(shard: torch.Tensor, cut: Cut) -> torch.Tensor:
     return shard[cut.in_shard : cut.in_shard + cut.numel]
 
 
 def _taker(cut: Cut, shape: Sequence[int], stride: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda shard: shard.as_strided(shape, stride, shard.storage_offset() + cut.in_shard)
-
-
-class _Plan:
-    """Which slices travel between which ranks, in one order on all of them."""
-
-    def __init__(
-        self,
-        axis: Axis,
-        rank: int,
-        size: int,
-        travelling: Sequence[_Param],
-        guests: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
-        self._axis, self._rank, self._size = axis, rank, size
-        self._travelling, self._guests = travelling, guests
-
-    def exchanges(self, what: Sequence[tuple[int, Sequence[torch.Tensor]]], *, inward: bool) -> list[Exchange]:
-        """One exchange per dtype between shards (masters, gradients or both; a shard per group) and guests."""
-        slices: dict[torch.dtype, tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]] = {}
-        for which, shards in what:
-            for param in self._travelling:
-                shard = shards[param.group]
-                if shard.dtype not in slices:  # lists for thousands of ranks, once
-                    slices[shard.dtype] = ([[] for _ in range(self._size)], [[] for _ in range(self._size)])
-                self._add(param, shard, which, *slices[shard.dtype])
-        found = []
-        for dtype, (at_home, at_owner) in slices.items():
-            like = torch.empty(0, dtype=dtype, device=what[0][1][0].device)
-            found.append(Exchange(self._axis, like, *((at_home, at_owner) if inward else (at_owner, at_home))))
-        return found
-
-    def _add(
-        self,
-        param: _Param,
-        shard: torch.Tensor,
-        which: int,
-        at_home: list[list[torch.Tensor]],
-        at_owner: list[list[torch.Tensor]],
-    ) -> None:
-        mine = param.cuts.of(self._rank)
-        if mine is not None:
-            at_home[param.owner].append(_run(shard, mine))
-        for cut in param.cuts if param.owner == self._rank else ():
-            at_owner[cut.rank].append(self._guests[param.index][which][cut.in_slot : cut.in_slot + cut.numel])

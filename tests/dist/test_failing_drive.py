@@ -24,12 +24,12 @@ def step(engine: Any) -> None:
     engine.step()
 
 
-def with_a_bad_drive(stage: int, folder: str) -> tuple[list[str], float]:
+def with_a_bad_drive(stage: int, optimizer: str, folder: str) -> tuple[list[str], float]:
     """What this rank is told in a step for which rank 1 cannot read its state, and in those that it tries then."""
     where = {"device": "nvme", "nvme_path": folder}
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "optimizer": {"type": optimizer, "params": {"lr": 1e-2}},
         "zero_optimization": {"stage": stage, "sub_group_size": 4096, "offload_optimizer": where},
     }
     if stage == 3:
@@ -40,7 +40,7 @@ def with_a_bad_drive(stage: int, folder: str) -> tuple[list[str], float]:
     engine, *_ = deepcore.initialize(model=model, config=config)
     step(engine)
     if engine.global_rank == 1:
-        os.truncate(engine.strategy.arena._store.plain, 8192)
+        os.truncate(engine.strategy.arena.store.plain, 8192)
     began, told = time.monotonic(), list[str]()
     for _ in range(3):
         try:
@@ -52,10 +52,11 @@ def with_a_bad_drive(stage: int, folder: str) -> tuple[list[str], float]:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
 @pytest.mark.parametrize(("stage", "hostile"), [(1, False), (1, True), (3, False), (3, True)])
-def test_every_rank_is_told(stage: int, hostile: bool, tmp_path: Path) -> None:
+def test_every_rank_is_told(stage: int, hostile: bool, optimizer: str, tmp_path: Path) -> None:
     make_engine(1, 4096)  # built here, where no other rank waits for it
-    (other, other_took), (first, took) = run_ranks(2, with_a_bad_drive, stage, str(tmp_path), hostile=hostile)
+    (other, other_took), (first, took) = run_ranks(2, with_a_bad_drive, stage, optimizer, str(tmp_path), hostile=hostile)
     assert re.match("StorageError.*too early", first[0], re.S), first
     assert all("torn" in words for words in first[1:]), first
     if stage == 3:  # nothing follows the update: rank 0 hears of it where it needs rank 1 again

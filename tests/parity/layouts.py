@@ -56,8 +56,7 @@ def draw(seed: int, folder: str) -> Layout:
         "zero_optimization": zero,
     }
     if zero["stage"] and choose.random() < 0.4:
-        there = {"device": "nvme", "nvme_path": folder} if optimizer != "NAdam" else {"device": "cpu"}
-        zero.update(offload_optimizer=there, sub_group_size=choose.choice([50, 1000]))
+        zero.update(offload_optimizer={"device": "nvme", "nvme_path": folder}, sub_group_size=choose.choice([50, 1000]))
     world, held = 4, 1
     if kind == "cut":
         sp, tp = choose.choice([(2, 1), (4, 1), (1, 2), (1, 3), (2, 2), (3, 1)])

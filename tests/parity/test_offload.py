@@ -15,7 +15,7 @@ from deepcore.ops.file_engine import make_engine
 from tests.dist.pool import run_ranks
 from tests.parity.journey import Seen, beside, journey
 from tests.parity.model import batch, build
-from tests.parity.optimizers import RECIPES
+from tests.parity.optimizers import RECIPES, Recipe
 from tests.parity.reference import Case
 from tests.parity.selection import in_turns
 
@@ -105,9 +105,19 @@ FILES = [
     ("lamb", Case(stage=2, world=2, clip=0.3), True),
     ("lamb", Case(stage=3, world=3, fp16=True, clip=0.3), False),
     ("adagrad", Case(stage=1, world=2, clip=0.3, bf16=True), False),
+    ("muon", Case(stage=1, world=1, clip=0.3), True),
+    ("muon", Case(stage=2, world=2, clip=0.3, bf16=True), True),
+    ("muon", Case(stage=3, world=3, accumulation=3, persistent=200), False),
+    ("muon", Case(stage=3, world=2, fp16=True, persistent=100), True),
+    ("muon", Case(stage=3, world=2, bf16=True), False),
+    ("nadam", Case(stage=1, world=1, accumulation=3, fp16=True), True),
+    ("nadam", Case(stage=2, world=2, clip=0.3), True),
+    ("nadam", Case(stage=3, world=2, bf16=True), False),
+    ("nadam", Case(stage=3, world=3), False),
 ]
+OFTEN = (0, 1, 2, 3, 4, 11, 17)
 FILE_ROWS = [
-    pytest.param(*row, id=f"{row[0]} at stage {row[1].stage}", marks=() if number < 5 else pytest.mark.nightly)
+    pytest.param(*row, id=f"{row[0]} at stage {row[1].stage}", marks=() if number in OFTEN else pytest.mark.nightly)
     for number, row in enumerate(FILES)
 ]
 
@@ -131,37 +141,56 @@ def test_state_in_a_file_makes_the_journey(recipe: str, case: Case, apart: bool,
     assert list(tmp_path.iterdir()) == []
 
 
-def resumed(case: Case, offload: dict[str, Any], folder: str) -> Seen:
+def resumed(case: Case, recipe: str, offload: dict[str, Any], folder: str) -> Seen:
     """Three steps, a checkpoint, three more in a fresh engine; the same weights and moments as without a break."""
     seen: Seen = []
     for breaks in (False, True):
-        engine, model = _engine(case, offload)
+        engine, model = _engine(case, RECIPES[recipe], offload)
         for step in range(6):
             if step == 3 and breaks:
                 engine.save_checkpoint(folder)
                 engine.destroy()
-                engine, model = _engine(case, offload)
+                engine, model = _engine(case, RECIPES[recipe], offload)
                 engine.load_checkpoint(folder)
             for micro in range(case.accumulation):
                 engine.backward(engine(*batch(step, engine.global_rank, micro)))
                 engine.step()
-        state = zero.safe_get_full_optimizer_state(model.body.weight, "exp_avg")
+        state = zero.safe_get_full_optimizer_state(model.body.weight, KEYS[recipe])
         seen.append(("", [state, *engine.module_state_dict().values()]))
         engine.destroy()
     return seen
 
 
-def _engine(case: Case, offload: dict[str, Any]) -> tuple[Any, Any]:
-    config: dict[str, Any] = {**case.config(), **RECIPES["adamw"].section()}
+def _engine(case: Case, recipe: Recipe, offload: dict[str, Any]) -> tuple[Any, Any]:
+    config: dict[str, Any] = {**case.config(), **recipe.section()}
     config["zero_optimization"] = {**config["zero_optimization"], **offload}
     model = build(100)
-    return deepcore.initialize(model=model, config=config)[0], model
+    client = None
+    if not recipe.config:
+        del config["optimizer"]
+        client = recipe.kind([param for param in model.parameters() if param.requires_grad], **recipe.settings)
+    return deepcore.initialize(model=model, optimizer=client, config=config)[0], model
+
+
+SAVED = [
+    ("adamw", Case(stage=1, world=1), False),
+    ("adamw", Case(stage=1, world=1), True),
+    ("adamw", Case(stage=3, world=2, bf16=True), False),
+    ("adamw", Case(stage=3, world=2, bf16=True), True),
+    ("muon", Case(stage=3, world=2, bf16=True), True),
+    ("nadam", Case(stage=1, world=2, bf16=True), True),
+    ("nadam", Case(stage=3, world=3), True),
+    ("muon", Case(stage=2, world=1), True),
+]
+SAVED_ROWS = [
+    pytest.param(*row, id=f"{row[0]} at stage {row[1].stage}", marks=() if number < 5 else pytest.mark.nightly)
+    for number, row in enumerate(SAVED)
+]
 
 
 @pytest.mark.usefixtures("_built")
-@pytest.mark.parametrize("filed", [False, True])
-@pytest.mark.parametrize("case", [Case(stage=1, world=1), Case(stage=3, world=2, bf16=True)], ids=["fp32", "bf16"])
-def test_a_checkpoint_holds_what_is_offloaded(case: Case, filed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "case", "filed"), SAVED_ROWS)
+def test_a_checkpoint_holds_what_is_offloaded(recipe: str, case: Case, filed: bool, tmp_path: Path) -> None:
     offload: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}
     if filed:
         (tmp_path / "nvme").mkdir()
@@ -169,6 +198,7 @@ def test_a_checkpoint_holds_what_is_offloaded(case: Case, filed: bool, tmp_path:
         offload |= (
             {"offload_optimizer": where, "offload_param": where} if case.stage == 3 else {"offload_optimizer": where}
         )
-    for (_, whole), (_, broken) in run_ranks(case.world, beside, resumed, case, offload, str(tmp_path / "saved")):
+    args = (resumed, case, recipe, offload, str(tmp_path / "saved"))
+    for (_, whole), (_, broken) in run_ranks(case.world, beside, *args):
         for one, other in zip(whole, broken, strict=True):
             assert torch.equal(one, other)

@@ -27,6 +27,10 @@ NIGHTLY = [
     for schedule, stage, dp in (("zero_bubble", 1, 2), ("interleaved", 2, 1), ("gpipe", 1, 1))
     for low in ({}, {"fp16": True}, {"bf16": True})
 ]
+MUON = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "ns_dtype": "fp32"}}}
+NIGHTLY += [
+    ("nvme", True, Pipe(2, dp, "1f1b", stage=1, bf16=low, extra=MUON)) for dp in (1, 2) for low in (False, True)
+]
 ROWS = [pytest.param(*row, id=f"{row[0]} {row[2]}") for row in OFTEN] + [
     pytest.param(*row, id=f"{row[0]} {row[2]} {'apart' * row[1]}", marks=pytest.mark.nightly) for row in NIGHTLY
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import deepcore
+from deepcore.ops.file_engine import make_engine
 from deepcore.optim import FusedAdam
 from tests.dist.pool import run_ranks
 from tests.parity.reference import Weights, worst_difference
@@ -34,6 +36,7 @@ class Case:
     optimizer: str = "AdamW"
     more: dict[str, Any] = field(default_factory=dict)
     init: bool = False  # built under zero.Init
+    files: str = ""  # the folder where optimizer state lives
 
     @property
     def world(self) -> int:
@@ -56,9 +59,15 @@ class Case:
                 "stage": self.stage,
                 "reduce_bucket_size": 900,
                 "stage3_param_persistence_threshold": 30,
+                **self.offload,
             },
             "optimizer": {"type": self.optimizer, "params": self.options},
         }
+
+    @property
+    def offload(self) -> dict[str, Any]:
+        there = {"device": "nvme", "nvme_path": self.files}
+        return {"offload_optimizer": there, "sub_group_size": 500} if self.files else {}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -211,6 +220,18 @@ def test_muon_puts_its_matrices_together(case: Case, hostile: bool) -> None:
     # "gram" squares singular values: one process that takes its samples in another order is 1.05e-5 off.
     limit = 3 * LIMIT if case.more.get("ns_method") == "gram" else LIMIT
     check(case, run_ranks(case.world, train, case, hostile=hostile), limit)
+
+
+@pytest.mark.parametrize(
+    ("case", "hostile"),
+    only_nightly([replace(case, files="there") for case in MUON if case.stage] + [Case(2, 2, 2, files="there")]),
+)
+def test_matrices_in_files_are_put_together_too(case: Case, hostile: bool, tmp_path: Path) -> None:
+    make_engine(1, 4096)  # built here, where no other rank waits for it
+    limit = 3 * LIMIT if case.more.get("ns_method") == "gram" else LIMIT
+    case = replace(case, files=str(tmp_path))
+    check(case, run_ranks(case.world, train, case, hostile=hostile), limit)
+    assert list(tmp_path.iterdir()) == []
 
 
 BUILT_IN_PARTS = [Case(3, 1, 2, init=True), Case(3, 2, 2, init=True, clip=0.5), Case(3, 1, 4, init=True, low="bf16")]

@@ -221,7 +221,7 @@ def test_masters_and_state_leave_memory(tmp_path: Path) -> None:
 
 def test_training_stops_for_good_where_a_transfer_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = trained(tmp_path)
-    os.truncate(engine.strategy.arena._store.plain, 8192)
+    os.truncate(engine.strategy.arena.store.plain, 8192)
     with pytest.raises(StorageError, match="too early"):
         step(engine)
     with pytest.raises(UsageError, match="torn"):
@@ -234,7 +234,7 @@ def test_training_stops_for_good_where_a_write_from_outside_an_update_fails(
 ) -> None:
     engine, _ = trained(tmp_path)
     weight = next(engine.module.parameters())
-    refuse_writes(engine.strategy.arena._store, monkeypatch)
+    refuse_writes(engine.strategy.arena.store, monkeypatch)
     with pytest.raises(StorageError, match="could not be written"):
         zero.safe_set_full_optimizer_state(weight, torch.zeros(weight.shape), "exp_avg")
     monkeypatch.undo()  # the drive has room again, but what was to be written is not there
@@ -254,13 +254,6 @@ def test_training_stops_for_good_where_a_write_from_outside_an_update_fails(
 def test_a_folder_that_cannot_be_used(make_path: Callable[[Path], Path], words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         deepcore.initialize(model=torch.nn.Linear(2, 2), config=config(make_path(tmp_path)))
-
-
-def test_whole_parameter_updates_are_refused_by_name(tmp_path: Path) -> None:
-    model = torch.nn.Linear(4, 4)
-    settings = {k: v for k, v in config(tmp_path).items() if k != "optimizer"}
-    with pytest.raises(ConfigError, match="needs whole parameters"):
-        deepcore.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings)
 
 
 KILLED = """

@@ -1,0 +1,258 @@
+"""Owns updates of whole parameters whose masters and state live in files: a few parameters at a time, on every rank.
+
+Knows nothing of formulas. What ``whole.py`` says of owners and travel holds here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from deepcore.comm.mesh import Axis
+from deepcore.sharding.file_store import FileColumn, Ticket, aligned_buffer, finish
+from deepcore.sharding.filed import FiledArena
+from deepcore.sharding.pieces import Piece, PieceArena
+from deepcore.sharding.placement import Cut, UpdateRule
+from deepcore.sharding.segments import SegmentBatch
+from deepcore.zero.exchange import Exchange, run
+from deepcore.zero.ownership import OwnedParam, Side, Travel, owned_params
+from deepcore.zero.turns import Run, local_turns, travelling_turns
+
+ALIGN_NUMEL = 4096  # elements: so that a batch's state may bypass the page cache whatever its dtype
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Elements of a column from ``low`` on, and the memory that they pass through."""
+
+    column: FileColumn
+    low: int
+    memory: torch.Tensor
+
+    def begin(self, *, writes: bool) -> Ticket:
+        call = self.column.begin_write if writes else self.column.begin_read
+        return call(self.memory, self.low, self.low + self.memory.numel())
+
+
+@dataclass
+class _Turn:
+    """What passes through memory together."""
+
+    batches: list[SegmentBatch] = field(default_factory=list)
+    weights: list[_Span] = field(default_factory=list)  # masters and low-precision copies
+    inward: list[Exchange] = field(default_factory=list)
+    outward: list[Exchange] = field(default_factory=list)
+    arrivals: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # low-precision copy, master
+
+
+class FiledWholeArena(PieceArena):
+    """Whole parameters of a ``FiledArena``, in turns of about ``homes.tile_numel`` elements per rank.
+
+    First come the turns of parameters that travel, the same number on every rank: parts of masters are read where
+    they are kept, go to the owners together with gradients, and come back after the update. Then each rank updates
+    by itself what lies in its own shard. While one turn is updated, what the next ones need is read and the last
+    ones are written, so ``visit`` is collective, and memory holds a ring of turns and the guests of one.
+    A parameter larger than a turn has one of its own; what need not be whole is cut.
+    """
+
+    def __init__(self, base: FiledArena, axis: Axis, rules: Mapping[str, UpdateRule]) -> None:
+        super().__init__(base, is_whole=base.is_whole)
+        self._filed, self.store = base, base.store
+        self._axis = axis
+        self._rank, self._size = (0, 1) if base.is_whole else (axis.rank, axis.size)
+        self._states: dict[int, list[_Span]] = {}  # per batch, in the order of ``batches``
+        params = owned_params(base, rules, self._size)
+        bound = base.homes.tile_numel
+        whole = [base.forms[param.name].numel for param in params if param.rule.whole]
+        self._memory = _Memory(max([bound, *whole]))
+        self._turns: list[_Turn] = []
+        for travelling in travelling_turns(params, bound):
+            self._turns.append(self._travelling(travelling))
+        for alike in local_turns(params, self._rank, bound, self._kind):
+            self._turns.append(self._local(alike))
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    def _kind(self, param: OwnedParam) -> object:
+        """Parameters of one kind can be in one batch."""
+        base, copy = self.base, self.base.copies[param.group]
+        dtypes = base.masters[param.group].dtype, base.grads[param.group].dtype
+        return param.rule.family, *dtypes, None if copy is None else copy.dtype
+
+    def _place(self) -> int:
+        return len(self._turns) % self._filed.homes.num_buffers
+
+    def _travelling(self, params: Sequence[OwnedParam]) -> _Turn:
+        base, turn = self.base, _Turn()
+        self._memory.begin()
+        home: dict[int, torch.Tensor] = {}
+        guests, gradients = dict[int, torch.Tensor](), dict[int, torch.Tensor]()
+        grads_at_home, pieces = dict[int, torch.Tensor](), list[Piece]()
+        for param in params:
+            form, master, grad = base.forms[param.name], base.masters[param.group], base.grads[param.group]
+            cut = param.cuts.of(self._rank)
+            if cut is not None:
+                home[param.index] = self._master(turn, param, cut)
+                grads_at_home[param.index] = grad[cut.in_shard : cut.in_shard + cut.numel]
+                copy = self._copy(turn, param, cut)
+                if copy is not None:
+                    turn.arrivals.append((copy, home[param.index]))
+            if param.owner == self._rank:
+                guests[param.index] = self._memory.take("guest", master.dtype, form.numel)
+                gradients[param.index] = self._memory.take("gradient", grad.dtype, form.numel)
+                whole, gradient = (one[param.index].as_strided(form.shape, form.stride) for one in (guests, gradients))
+                pieces.append(Piece(param.index, 0, param.rule.family, whole, gradient, None))
+        turn.batches = self.add(pieces)
+        travel = Travel(self._axis, self._rank, self._size, params, self.home)
+        masters = Side([master.dtype for master in base.masters], home, guests)
+        turn.inward = travel.exchanges(
+            [masters, Side([grad.dtype for grad in base.grads], grads_at_home, gradients)], inward=True
+        )
+        turn.outward = travel.exchanges([masters], inward=False)
+        return turn
+
+    def _local(self, runs: Sequence[Run]) -> _Turn:
+        base, turn, pieces = self.base, _Turn(), list[Piece]()
+        self._memory.begin()
+        for param, cut in runs:
+            form, grad = base.forms[param.name], base.grads[param.group]
+            shape, stride = (form.shape, form.stride) if param.rule.whole else ((cut.numel,), (1,))
+            flat = self._master(turn, param, cut), grad[cut.in_shard : cut.in_shard + cut.numel]
+            copy = self._copy(turn, param, cut)
+            master, gradient = (one.as_strided(shape, stride) for one in flat)
+            low = None if copy is None else copy.as_strided(shape, stride)
+            pieces.append(Piece(param.index, cut.in_slot, param.rule.family, master, gradient, low))
+        turn.batches = self.add(pieces)
+        return turn
+
+    def _master(self, turn: _Turn, param: OwnedParam, cut: Cut) -> torch.Tensor:
+        """This rank's part of a master: where it is in memory, or the place in the ring through which it passes."""
+        column = self._filed.master_column(param.group)
+        if column is None:
+            return self.base.masters[param.group][cut.in_shard : cut.in_shard + cut.numel]
+        memory = self._memory.take(f"master {self._place()}", column.dtype, cut.numel)
+        turn.weights.append(_Span(column, cut.in_shard, memory))
+        return memory
+
+    def _copy(self, turn: _Turn, param: OwnedParam, cut: Cut) -> torch.Tensor | None:
+        """Likewise of its low-precision copy, if there is one."""
+        column, copy = self._filed.copy_column(param.group), self.base.copies[param.group]
+        if column is None:
+            return None if copy is None else copy[cut.in_shard : cut.in_shard + cut.numel]
+        memory = self._memory.take(f"copy {self._place()}", column.dtype, cut.numel)
+        turn.weights.append(_Span(column, cut.in_shard, memory))
+        return memory
+
+    def allocate_state(self, names: Sequence[str], family: str = "", dtype: torch.dtype = torch.float32) -> None:
+        places = [
+            (number % self._filed.homes.num_buffers, index, batch)
+            for number, turn in enumerate(self._turns)
+            for index, batch in enumerate(turn.batches)
+        ]
+        mine = [(place, index, batch) for place, index, batch in places if batch.family == family]
+        sizes = [_padded(sum(param.numel() for param in batch.params)) for _, _, batch in mine]
+        for name in names:
+            column, low = self._filed.store.column(sum(sizes), dtype), 0
+            for (place, index, batch), size in zip(mine, sizes, strict=True):
+                self._memory.begin()
+                memory = self._memory.take(f"{name} {place} {index}", dtype, size)
+                self._states.setdefault(id(batch), []).append(_Span(column, low, memory))
+                batch.states[name] = _like(batch.params, memory)
+                low += size
+
+    @property
+    def guest_nbytes(self) -> int:
+        return self._memory.nbytes("guest") + self._memory.nbytes("gradient")
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        self.base.settle()
+        self.activate()
+
+    def deliver(self) -> None:
+        self.base.send()
+
+    def visit(self, *, states: bool = True, weights: bool = True, loose: bool = False) -> Iterator[SegmentBatch]:
+        def read(number: int) -> list[Ticket]:
+            return self._begin(number, writes=False)
+
+        def write(number: int) -> list[Ticket]:
+            return self._begin(number, writes=True, states=states, weights=weights)
+
+        for number in self._filed.passing(len(self._turns), read, write):
+            turn = self._turns[number]
+            run(turn.inward)
+            yield from turn.batches
+            if weights:
+                run(turn.outward)
+                for copy, master in turn.arrivals:
+                    copy.copy_(master)
+
+    def _begin(self, number: int, *, writes: bool, states: bool = True, weights: bool = True) -> list[Ticket]:
+        turn = self._turns[number]
+        spans = list(turn.weights) if weights else []
+        for batch in turn.batches if states else ():
+            spans += self._states.get(id(batch), [])
+        return [span.begin(writes=writes) for span in spans]
+
+    @contextmanager
+    def at_hand(self, batch: SegmentBatch, *, keep: bool) -> Iterator[None]:
+        """State alone: masters are the base's business."""
+        self._filed.require_whole()
+        spans = self._states.get(id(batch), [])
+        finish([span.begin(writes=False) for span in spans])
+        yield
+        if keep:
+            finish([span.begin(writes=True) for span in spans])
+
+    def release(self) -> None:
+        super().release()
+        self._turns.clear()
+        self._states.clear()
+        self._memory.clear()
+
+
+class _Memory:
+    """Memory by purpose, which turns share one after the other; pages that nothing touches cost nothing."""
+
+    def __init__(self, numel: int) -> None:
+        self._numel = _padded(numel)
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._taken: dict[tuple[str, torch.dtype], int] = {}
+        self._most: dict[tuple[str, torch.dtype], int] = {}
+
+    def begin(self) -> None:
+        """From now on it is another turn's."""
+        self._taken.clear()
+
+    def take(self, purpose: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        key = purpose, dtype
+        if key not in self._buffers:
+            self._buffers[key] = aligned_buffer(self._numel, dtype)
+        low = self._taken.get(key, 0)
+        self._taken[key] = low + numel
+        self._most[key] = max(self._most.get(key, 0), low + numel)
+        assert low + numel <= self._numel, (purpose, low, numel, self._numel)
+        return self._buffers[key][low : low + numel]
+
+    def nbytes(self, purpose: str) -> int:
+        """Bytes that the largest turn uses for a purpose."""
+        return sum(numel * dtype.itemsize for (name, dtype), numel in self._most.items() if name == purpose)
+
+    def clear(self) -> None:
+        self._buffers.clear()
+
+
+def _like(params: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+    """One tensor for each, in its shape and memory order, one after the other."""
+    sizes = [param.numel() for param in params]
+    parts = memory[: sum(sizes)].split(sizes)
+    return [part.as_strided(param.shape, param.stride()) for part, param in zip(parts, params, strict=True)]
+
+
+def _padded(numel: int) -> int:
+    return -(-numel // ALIGN_NUMEL) * ALIGN_NUMEL
