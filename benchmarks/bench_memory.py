@@ -1,7 +1,7 @@
 """Owns the benchmark of memory: peak resident bytes of a rank above its base, at every stage and beside the peers.
 
 Knows nothing of where the bytes go. Each contender trains alone in fresh processes; the base is a process that has
-imported torch, joined its group and built nothing.
+imported torch and what the contender needs, joined its group and built nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks import models
 from benchmarks.bench_step import ROWS
 from benchmarks.harness import Options, Result
 from benchmarks.ranks import run_ranks
-from benchmarks.trainers import DTYPES, TRAINERS, Job, absent, names_wanted
+from benchmarks.trainers import DTYPES, TRAINERS, Job, absent, names_wanted, prepare
 
 NUM_RANKS, NUM_STEPS = 2, 4
 
@@ -39,20 +39,22 @@ def peak(name: str, dtype: str, quick: bool) -> float:
     """On every rank: train a few steps and return the MB by which the peak exceeds the base."""
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
-    base = _peak_mb()
+    prepare(name)
+    Path("/proc/self/clear_refs").write_text("5")  # imports may have had a peak of their own: forget it
+    base = _mb("VmRSS")
     model = (models.tiny_gpt if quick else models.gpt_11m)()
     batch = models.batch(model, ROWS, seed=torch.distributed.get_rank())
     step, close = TRAINERS[name](Job(model, batch, list(model.blocks), DTYPES[dtype]))
     for _ in range(NUM_STEPS):
         step()
-    reached = _peak_mb()
+    reached = _mb("VmHWM")
     close()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return reached - base
 
 
-def _peak_mb() -> float:
+def _mb(name: str) -> float:
     # Not ru_maxrss: that begins with the peak of the process that started this one.
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024

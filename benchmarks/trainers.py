@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -115,6 +116,16 @@ def _plain_loop(module: nn.Module, batch: tuple[torch.Tensor, ...]) -> Callable[
         optimizer.zero_grad()
 
     return step
+
+
+MODULES = {OURS: OURS, "deepspeed": "deepspeed", "fsdp2": "torch.distributed.fsdp"}  # what it takes beyond torch
+
+
+def prepare(name: str) -> None:
+    """Import what a contender needs, and nothing else."""
+    module = MODULES.get(name.partition("/")[0])
+    if module is not None:
+        import_module(module)
 
 
 TRAINERS: dict[str, Callable[[Job], Training]] = {
