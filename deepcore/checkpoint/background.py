@@ -18,13 +18,14 @@ import torch
 from deepcore.base.log import logger
 from deepcore.checkpoint.checkpointer import Content, Save, SaveOptions, lost_ranks, require_no_failure
 from deepcore.checkpoint.division import Divisions
-from deepcore.checkpoint.io import Progress
-from deepcore.checkpoint.part import Part, failed
+from deepcore.checkpoint.io import WINDOW, Progress
+from deepcore.checkpoint.part import Part, failed, words
 from deepcore.checkpoint.progress import quiet
 from deepcore.comm.letters import Letters
 from deepcore.comm.mesh import Axis
-from deepcore.errors import CheckpointError, CommError
+from deepcore.errors import CheckpointError, CommError, StorageError
 from deepcore.ops import block_file
+from deepcore.sharding.deferred import Deferred
 from deepcore.sharding.memory import lazy_zeros
 
 _live: weakref.WeakSet[BackgroundSaver] = weakref.WeakSet()
@@ -66,6 +67,8 @@ class BackgroundSaver:
         held: list[torch.Tensor] = []
         try:
             held = self._memory.filled(save.part)
+        except StorageError as error:
+            record = failed(words(error))
         except (MemoryError, OSError, RuntimeError) as error:  # torch's allocator raises the latter
             record = failed(f"no host memory for {save.part.nbytes:,} bytes: {error}".splitlines()[0])
         save.part.let_go()  # those tensors are what trains
@@ -157,19 +160,25 @@ class HostMemory:
     def filled(self, part: Part) -> list[torch.Tensor]:
         """The bytes of a part's file, copied: nothing of its tensors is needed any more."""
         parts = part.bytes()
-        device = next((values.device for values in parts if values.device.type == "cuda"), None)
+        kinds = {values.device for values in parts if isinstance(values, torch.Tensor)}
+        device = next((kind for kind in kinds if kind.type == "cuda"), None)
         if self._room.numel() < part.nbytes:
             self._grow(part.nbytes, device)
         room = self._room[: part.nbytes]
-        if device is None:
-            pieces = [(values.data_ptr(), values.numel()) for values in parts]
+        near = [values for values in parts if isinstance(values, torch.Tensor)]
+        if device is None and len(near) == len(parts):
+            pieces = [(values.data_ptr(), values.numel()) for values in near]
             block_file.gather(pieces, room.data_ptr(), torch.get_num_threads())
             return [room]
         place = 0
         for values in parts:
-            room[place : place + values.numel()].copy_(values, non_blocking=True)
-            place += values.numel()
-        torch.cuda.current_stream(device).synchronize()
+            for low in range(0, values.numel(), WINDOW):
+                some = values[low : low + WINDOW]
+                known = some.read() if isinstance(some, Deferred) else some
+                room[place : place + known.numel()].copy_(known, non_blocking=True)
+                place += known.numel()
+        if device is not None:
+            torch.cuda.current_stream(device).synchronize()
         return [room]
 
     def _grow(self, nbytes: int, device: torch.device | None) -> None:

@@ -86,7 +86,7 @@ def fill(target: Fragment, sources: Sequence[Cut], dtype: torch.dtype, part: Cal
     else:
         found = wanted.take(sources[0].join([part(source) for source in sources]))
     flat = found.permute(target.form.order).reshape(-1)
-    target.values.copy_(flat[target.offset : target.offset + target.values.numel()])
+    target.tensor.copy_(flat[target.offset : target.offset + target.values.numel()])
 
 
 def whole_cut(shape: Sequence[int], dim: int) -> Cut:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from deepcore.checkpoint.cut_tensors import CutRecord, cut_record, part_name
 from deepcore.checkpoint.dtypes import DTYPES, NAMES
 from deepcore.checkpoint.fragments import Form, Fragment
@@ -20,6 +18,7 @@ from deepcore.checkpoint.plan import Holding, Run, share_out
 from deepcore.comm.exchange import gather_records
 from deepcore.comm.mesh import Axis
 from deepcore.sharding.cuts import Cut
+from deepcore.sharding.deferred import Values
 
 Key = tuple[tuple[str, Form, int, int, Cut | None], ...]
 
@@ -54,13 +53,13 @@ class Division:
         self._sources = [_source(run, places[run.name], key) for run in self._runs[rank]]
         self._records: tuple[dict[str, TensorRecord], dict[str, CutRecord]] | None = None
 
-    def values(self, fragments: Sequence[Fragment]) -> list[torch.Tensor]:
-        """The elements of this rank's entries, 1-D, without a copy; ``fragments`` has the same key."""
-        found = []
+    def values(self, fragments: Sequence[Fragment]) -> list[Values]:
+        """The elements of this rank's entries, 1-D, without a copy or a read; ``fragments`` has the same key."""
+        found: list[Values] = []
         for number, begin, numel in self._sources:
             values = fragments[number].values
             assert values.dtype == fragments[number].form.dtype, fragments[number].name
-            found.append(values if numel == len(values) else values[begin : begin + numel])
+            found.append(values if numel == values.numel() else values[begin : begin + numel])
         return found
 
     def records(self) -> tuple[dict[str, TensorRecord], dict[str, CutRecord]]:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from deepcore.sharding.cuts import Cut
+from deepcore.sharding.deferred import Deferred, Values
 
 Tensor = torch.Tensor
 
@@ -53,7 +54,8 @@ class Fragment:
         name: the same on every rank.
         form: of the whole tensor; where it is cut, of the part.
         offset: of the first element.
-        values: 1-D (n,); when loading it may have another dtype than the file.
+        values: 1-D (n,); when loading it may have another dtype than the file. ``Deferred`` where it is not in memory:
+            read when it is written, and with ``keep`` given memory when it is loaded.
         home: the whole tensor, where ``values`` could not be a view of it and is a copy.
         cut: which part of the tensor ``name`` this is about, where it is cut over ranks.
         keep: takes ``values`` once they are overwritten, where they are a copy of what is not in memory.
@@ -62,10 +64,16 @@ class Fragment:
     name: str
     form: Form
     offset: int
-    values: Tensor
+    values: Values
     home: Tensor | None = None
     keep: Callable[[Tensor], None] | None = None
     cut: Cut | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """``values`` that are in memory."""
+        assert isinstance(self.values, Tensor), f"'{self.name}' is in a file"
+        return self.values
 
 
 @lru_cache(maxsize=65536)  # asked of every tensor at every save
@@ -79,8 +87,11 @@ def order_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]
     return tuple(dims) if plain else tuple(sorted(dims, key=lambda dim: -stride[dim]))
 
 
-def whole(name: str, tensor: Tensor) -> Fragment:
+def whole(name: str, tensor: Values) -> Fragment:
     """A tensor that this rank has from end to end."""
+    if isinstance(tensor, Deferred):
+        shape = tuple(tensor.like.shape)
+        return Fragment(name, Form(tensor.dtype, shape, order_of(shape, tensor.like.stride())), 0, tensor)
     shape, values = tuple(tensor.shape), tensor.detach()
     order = order_of(shape, values.stride())
     turned = values.permute(order)

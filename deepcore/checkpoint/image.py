@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from deepcore.checkpoint.dtypes import NAMES
+from deepcore.sharding.deferred import Deferred, Values
 
 ALIGN = 64  # bytes: where the data of a file begins
 
@@ -47,8 +48,8 @@ class Image:
     begins: tuple[int, ...]
     nbytes: int
 
-    def parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The file's bytes, as uint8 tensors wherever they are: the header, and each entry's elements, 1-D."""
+    def parts(self, values: Sequence[Values]) -> list[Values]:
+        """The file's bytes, as uint8 wherever they are: the header, and each entry's elements, 1-D."""
         head = torch.frombuffer(bytearray(self.head), dtype=torch.uint8)
         return [head, *(_as_bytes(values[number]) for number in self.order)]
 
@@ -70,5 +71,5 @@ def lay_out(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None)
     return Image(head, filled, tuple(len(head) + begin for begin in begins), len(head) + place)
 
 
-def _as_bytes(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().contiguous().view(torch.uint8)
+def _as_bytes(values: Values) -> Values:
+    return values.bytes() if isinstance(values, Deferred) else values.detach().contiguous().view(torch.uint8)

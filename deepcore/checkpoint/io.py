@@ -18,6 +18,7 @@ import torch
 from deepcore.checkpoint.manifest import FileRecord
 from deepcore.errors import CheckpointError
 from deepcore.ops import block_file
+from deepcore.sharding.deferred import Deferred, Values
 
 BLOCK = 1 << 20  # bytes that share a checksum
 WINDOW = 64 << 20  # bytes between two signs of progress, and at most in buffers: a multiple of every block size
@@ -29,11 +30,12 @@ def _silent(nbytes: int) -> None:
     return None
 
 
-def write_parts(path: Path, parts: Sequence[torch.Tensor], *, fsync: bool, advance: Progress = _silent) -> FileRecord:
-    """Write a file that is not there yet: the bytes in uint8 tensors, one after the other.
+def write_parts(path: Path, parts: Sequence[Values], *, fsync: bool, advance: Progress = _silent) -> FileRecord:
+    """Write a file that is not there yet: the bytes in uint8 values, one after the other, each read in its turn.
 
     Raises:
         OSError: as the file system has it.
+        StorageError: what is deferred cannot be read.
     """
     transfers, sums, offset = block_file.for_writing(), list[int](), 0
     staging = _Staging()
@@ -64,9 +66,9 @@ def _created(path: Path) -> Iterator[int]:
         os.close(file)
 
 
-def _cut(parts: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def _cut(parts: Iterable[Values]) -> Iterator[list[Values]]:
     """The same bytes in windows."""
-    window, room = list[torch.Tensor](), WINDOW
+    window, room = list[Values](), WINDOW
     for part in parts:
         while part.numel():
             window.append(part[:room])
@@ -90,8 +92,9 @@ class _Staging:
             self._buffer = torch.empty(max(nbytes, WINDOW // 4), dtype=torch.uint8, pin_memory=pinned)
         return self._buffer[:nbytes]
 
-    def gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The parts in host memory, copied where they are elsewhere."""
+    def gather(self, values: list[Values]) -> list[torch.Tensor]:
+        """The parts in host memory, read or copied where they are elsewhere."""
+        parts = [part.read() if isinstance(part, Deferred) else part for part in values]
         away = [part for part in parts if part.device.type != "cpu"]
         if not away:
             return parts

@@ -6,7 +6,8 @@ Knows nothing of engines. It trusts no byte that it has not checked.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from deepcore.checkpoint import folder as folders
 from deepcore.checkpoint.cut_tensors import fill, part_name, same_cut, whole_cut
 from deepcore.checkpoint.fragments import Form, Fragment, in_shape, reordered
-from deepcore.checkpoint.io import Progress, Span, open_plainly, read_spans, verify_file
+from deepcore.checkpoint.io import WINDOW, Progress, Span, open_plainly, read_spans, verify_file
 from deepcore.checkpoint.manifest import FILE_NAME, MAX_NBYTES, Manifest, TensorRecord
 from deepcore.checkpoint.plan import cover
 from deepcore.checkpoint.progress import quiet
 from deepcore.errors import CheckpointError
+from deepcore.sharding.deferred import Deferred
 
 
 class Reader:
@@ -98,17 +100,32 @@ class Reader:
     def read(self, targets: Iterable[Fragment], progress: Callable[[int], Progress] = quiet) -> None:
         """Overwrite ``values`` of each target with what the checkpoint has, in the target's own dtype.
 
+        Targets that are not in memory get some, as many at a time as fit a window, and are kept before the next ones.
+
         Args:
             progress: from the bytes that are wanted to what is told how many are done.
 
         Raises:
             CheckpointError: a tensor is missing, has another shape, or lies in a damaged file.
         """
+        targets = list(targets)
+        self.check(targets)
+        advance = progress(sum(self._nbytes_of(target) for target in targets))
+        for some in _in_turns(targets):
+            self._read(some, advance)
+
+    def _nbytes_of(self, target: Fragment) -> int:
+        """Bytes to be read for a target; 0 where it is put together from parts that are cut in another way."""
+        source = self._source_of(target)
+        if source is None:
+            return 0
+        form = self.manifest.tensors[source].form
+        return form.nbytes if form.order != target.form.order else target.values.numel() * form.dtype.itemsize
+
+    def _read(self, targets: Sequence[Fragment], advance: Progress) -> None:
         spans: dict[int, list[Span]] = {}
         later: list[tuple[Fragment, torch.Tensor, Form]] = []
         otherwise_cut: list[Fragment] = []
-        targets = list(targets)
-        self.check(targets)
         for target in targets:
             source = self._source_of(target)
             if source is None:
@@ -121,19 +138,18 @@ class Reader:
                 self._plan(Fragment(target.name, record.form, 0, flat), record, spans)
             else:
                 self._plan(target, record, spans)
-        advance = progress(sum(span.end - span.begin for wanted in spans.values() for span in wanted))
         for number, wanted in sorted(spans.items()):
             read_spans(self.path, self.manifest.files[number], wanted, verify=self._verify, advance=advance)
         for target, flat, form in later:
             ordered = reordered(flat, form, target.form.order)
-            target.values.copy_(ordered[target.offset : target.offset + target.values.numel()])
+            target.tensor.copy_(ordered[target.offset : target.offset + target.values.numel()])
         for target in otherwise_cut:
             self._fill(target)
         for target in targets:
             if target.home is not None:
-                target.home.copy_(in_shape(target.values, target.form))
+                target.home.copy_(in_shape(target.tensor, target.form))
             if target.keep is not None:
-                target.keep(target.values)
+                target.keep(target.tensor)
 
     def _source_of(self, target: Fragment) -> str | None:
         """The tensor of the manifest of which a target is a run; None where it is cut in another way."""
@@ -175,7 +191,7 @@ class Reader:
             begin = piece.begin + copy.source * size
             if begin % size:
                 raise CheckpointError("a tensor lies across elements", got=f"byte {begin}", expected="aligned elements")
-            values = target.values[copy.target : copy.target + copy.numel]
+            values = target.tensor[copy.target : copy.target + copy.numel]
             spans.setdefault(piece.file, []).append(_span(begin, begin + copy.numel * size, values, record.form.dtype))
 
     def verify(self, progress: Callable[[str], Any] = lambda name: None) -> None:
@@ -183,6 +199,24 @@ class Reader:
         for record in self.manifest.files:
             progress(record.name)
             verify_file(self.path, record)
+
+
+def _in_turns(targets: Sequence[Fragment]) -> Iterator[list[Fragment]]:
+    """Those that are in memory together; then the others, with memory for each, so many that they fit a window."""
+    yield [target for target in targets if not isinstance(target.values, Deferred)]
+    turn, room = list[Fragment](), WINDOW
+    for target in targets:
+        values = target.values
+        if isinstance(values, Deferred):
+            assert target.keep is not None, target.name
+            nbytes = values.numel() * values.dtype.itemsize
+            if turn and nbytes > room:
+                yield turn
+                turn, room = [], WINDOW
+            turn.append(replace(target, values=torch.empty(values.numel(), dtype=values.dtype)))
+            room -= nbytes
+    if turn:
+        yield turn
 
 
 def _whole_tensors(manifest: Manifest) -> dict[str, TensorRecord]:

@@ -16,9 +16,10 @@ from deepcore.checkpoint.encoding import Encoder, encoded_number
 from deepcore.checkpoint.fragments import Form, Fragment, order_of, whole
 from deepcore.checkpoint.names import BUFFERS, STATE, WEIGHTS
 from deepcore.optim.factory import EngineOptimizer
+from deepcore.sharding.deferred import Deferred, Values
 from deepcore.zero import holdings
 from deepcore.zero.holdings import Held
-from deepcore.zero.locate import store_weights, weights_part
+from deepcore.zero.locate import deferred_weights, store_weights, weights_part
 
 
 def param_form(held: Held, dtype: torch.dtype) -> Form:
@@ -51,18 +52,25 @@ def weight_fragments(
             yield replace(whole(WEIGHTS + name, held.param.data), cut=held.cut)
             continue
         if whole_weights and held.number is not None:
-            values = held.group.full[held.slot.start : held.slot.end]
-            yield Fragment(WEIGHTS + name, param_form(held, values.dtype), 0, values, cut=held.cut)
+            weights = held.group.full[held.slot.start : held.slot.end]
+            yield Fragment(WEIGHTS + name, param_form(held, weights.dtype), 0, weights, cut=held.cut)
             continue
-        part = weights_part(held)
-        if part is not None:
-            form, keep = param_form(held, part.values.dtype), partial(store_weights, held, part)
-            filed = held.holdings.strategy.arena.is_filed
-            keep_filed = keep if filed else None
-            yield Fragment(WEIGHTS + name, form, part.offset, part.values, keep=keep_filed, cut=held.cut)
+        found = _here(held)
+        if found is not None:
+            values, offset = found
+            keep = partial(store_weights, held, offset) if isinstance(values, Deferred) else None
+            yield Fragment(WEIGHTS + name, param_form(held, values.dtype), offset, values, keep=keep, cut=held.cut)
         elif held.slot.numel == 0:
             dtype = held.group.dtypes.master
             yield Fragment(WEIGHTS + name, param_form(held, dtype), 0, torch.empty(0, dtype=dtype))
+
+
+def _here(held: Held) -> tuple[Values, int] | None:
+    """This rank's part of the highest precision, and its first element."""
+    if held.holdings.strategy.arena.is_filed:
+        return deferred_weights(held)
+    part = weights_part(held)
+    return None if part is None else (part.values, part.offset)
 
 
 def buffer_fragments(module: torch.nn.Module) -> Iterator[Fragment]:
@@ -109,7 +117,7 @@ class OptimizerContents:
         self._allow_pickle = allow_pickle
         numbers: list[tuple[str, str, torch.Tensor]] = []
         mine = updated(held_here)
-        states = optimizer.local_states([held.param for _, held in mine])
+        states = optimizer.local_states([held.param for _, held in mine], defer=True)
         for (name, held), (offset, found) in zip(mine, states, strict=True):
             for key, value in found.items():
                 if isinstance(value, torch.Tensor) and value.ndim == 0 and offset is not None:
@@ -125,9 +133,9 @@ class OptimizerContents:
 
     def _add(self, name: str, key: str, value: Any, held: Held | None, offset: int | None) -> None:
         label = f"{STATE}{name}/{key}"
-        if isinstance(value, torch.Tensor) and (value.ndim or offset is not None):
+        if isinstance(value, Deferred) or (isinstance(value, torch.Tensor) and (value.ndim or offset is not None)):
             if offset is None:
-                fits = held is not None and held.cut is not None and tuple(value.shape) == held.cut.part_shape
+                fits = held is not None and held.cut is not None and _shape_of(value) == held.cut.part_shape
                 cut = held.cut if held is not None and fits else None
                 self.fragments.append(replace(whole(label, value), cut=cut))
             else:
@@ -140,6 +148,10 @@ class OptimizerContents:
             encoded = encoder.encode(value, label)
             self.fragments += [whole(own, tensor) for own, tensor in encoder.tensors.items()]
         self.entries.setdefault(name, {})[key] = encoded
+
+
+def _shape_of(value: Values) -> tuple[int, ...]:
+    return tuple(value.like.shape if isinstance(value, Deferred) else value.shape)
 
 
 def read_numbers(values: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from deepcore.checkpoint.reader import Reader
 from deepcore.engine.contents import all_held, param_form, updated
 from deepcore.errors import CheckpointError
 from deepcore.optim.client import ClientOptimizer
+from deepcore.sharding.deferred import Deferred
 from deepcore.zero.holdings import Held
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class OptimizerRestorer:
                 saved.setdefault(name, {}).update(entries)
         without = []
         mine = updated(all_held(engine.module))
-        states = self._optimizer.local_states([held.param for _, held in mine])
+        states = self._optimizer.local_states([held.param for _, held in mine], defer=True)
         for (name, held), state in zip(mine, states, strict=True):
             entries = saved.get(renamed.get(name, name))
             if held.slot.numel == 0:
@@ -92,17 +93,18 @@ class OptimizerRestorer:
             if entry["$"] == "scalar":
                 is_number = value.numel() == 1
             else:
-                is_number = value.ndim == 0 and self._reader.record(entry["v"]).form.shape == ()
+                has_dims = isinstance(value, Deferred) or value.ndim > 0
+                is_number = not has_dims and self._reader.record(entry["v"]).form.shape == ()
             if is_number:
                 self._numbers.append((held.param, key, entry))
             elif entry["$"] == "scalar":
                 raise self._other_optimizer(name, entries, found)
             else:
                 form = param_form(held, value.dtype)
-                keep = partial(self._optimizer.write_state, held.param, key)
-                filed = held.holdings.strategy.arena.is_filed
-                values = value.view(-1)
-                target = Fragment(entry["v"], form, offset or 0, values, keep=keep if filed else None, cut=held.cut)
+                filed = isinstance(value, Deferred)
+                keep = partial(self._optimizer.write_state, held.param, key) if filed else None
+                values = value if filed else value.view(-1)
+                target = Fragment(entry["v"], form, offset or 0, values, keep=keep, cut=held.cut)
                 self.targets.append(target)
 
     def _plan_client(self, held: Held, name: str, entries: Entries) -> None:

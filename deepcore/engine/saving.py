@@ -213,7 +213,7 @@ def save_weights(engine: Engine, save_dir: str | Path, filename: str, *, exclude
                 state[name] = narrowed(value, low)
     if engine.global_rank == 0:
         for fragment in buffer_fragments(engine.module):
-            value = in_shape(fragment.values, fragment.form)
+            value = in_shape(fragment.tensor, fragment.form)
             state[fragment.name.removeprefix(BUFFERS)] = narrowed(value, low)
     write_whole(engine, path, state, aliases(engine.module))
 

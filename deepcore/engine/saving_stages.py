@@ -61,7 +61,7 @@ def _of_this_stage(engine: PipelineEngine, exclude_frozen: bool) -> State:
     for fragment in buffer_fragments(engine.module) if collects else ():
         name = fragment.name.removeprefix(BUFFERS)
         if engine.saves_here(name):
-            found[name] = narrowed(in_shape(fragment.values, fragment.form), low)
+            found[name] = narrowed(in_shape(fragment.tensor, fragment.form), low)
     return found
 
 

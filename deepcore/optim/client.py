@@ -260,9 +260,13 @@ class ClientOptimizer(Optimizer):
         """
         return self.local_states([param])[0]
 
-    def local_states(self, params: Sequence[torch.Tensor]) -> list[tuple[int | None, dict[str, Any]]]:
-        """``local_state`` of several."""
+    def local_states(
+        self, params: Sequence[torch.Tensor], *, defer: bool = False
+    ) -> list[tuple[int | None, dict[str, Any]]]:
+        """``local_state`` of several. ``defer``: what is in a file is ``Deferred``, and not read yet."""
         targets = [self._target_of.get(param, param) for param in params]
+        if self._turns is not None and defer:
+            return [(None, self._turns.deferred(target)) for target in targets]
         with self._at_hand(targets, keep=False):
             # In files, a page's memory stays as long as somebody has a view of it, and nobody else writes there.
             found = [self.client.state.get(target, {}) for target in targets]

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from deepcore.ops.file_engine import DIRECT_ALIGN
+from deepcore.sharding.deferred import Deferred
 from deepcore.sharding.file_store import FileColumn, FileStore, Ticket, aligned_buffer, finish
 from deepcore.sharding.layout import is_dense
 
@@ -134,6 +136,17 @@ class ClientPages:
         self._spare.remove(chosen)
         return chosen
 
+    def deferred(self, target: torch.Tensor) -> dict[str, Any]:
+        """The state of a parameter, what is in the file of it ``Deferred``."""
+        number = self.number_of(target)
+        found = dict(self._client.state.get(target, {}))
+        for entry in [] if number is None else self._pages[number].entries:
+            if entry.target is target:
+                column = self._pages[number].column  # type: ignore[index]
+                assert column is not None
+                found[entry.key] = Deferred(entry.like, partial(_read, column, entry))
+        return found
+
     def settle(self) -> None:
         """Return when all that left is written; StorageError where that failed."""
         tickets, self._leaving = self._leaving, []
@@ -151,6 +164,11 @@ class ClientPages:
         for number in chosen:
             self.leave(number) if keep else self.forget(number)
         self.settle()
+
+
+def _read(column: FileColumn, entry: _Entry, low: int, high: int) -> torch.Tensor:
+    item = entry.like.itemsize
+    return column.read(entry.begin + low * item, entry.begin + high * item).view(entry.like.dtype)
 
 
 def _can_leave(value: Any) -> bool:

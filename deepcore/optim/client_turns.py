@@ -65,6 +65,10 @@ class ClientTurns:
         numbers = {number for target in targets if (number := self._pages.number_of(target)) is not None}
         return self._pages.at_hand(sorted(numbers), keep=keep)
 
+    def deferred(self, target: torch.Tensor) -> dict[str, Any]:
+        """The state of a parameter, what is in the file of it not read yet."""
+        return self._pages.deferred(target)
+
     def all_at_hand(self, *, keep: bool) -> AbstractContextManager[None]:
         """All of it."""
         return self._pages.at_hand(range(len(self._pages)), keep=keep)

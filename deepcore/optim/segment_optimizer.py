@@ -18,9 +18,10 @@ from deepcore.errors import UsageError
 from deepcore.ops import load
 from deepcore.optim.hyper import HyperTable
 from deepcore.optim.plain import PlainBatches
+from deepcore.sharding.deferred import Deferred, Values, without_content
 from deepcore.sharding.placement import UpdateRule
 from deepcore.sharding.segments import Segment, SegmentBatch
-from deepcore.sharding.update_arena import Form, UpdateArena
+from deepcore.sharding.update_arena import Form, UpdateArena, elements
 
 Agree = Callable[[torch.Tensor], None]  # sums an fp64 vector, in place, over the ranks that update other elements
 
@@ -136,7 +137,7 @@ class SegmentOptimizer(Optimizer, ABC):
             for segment in batch.table.segments:
                 group = self.param_groups[group_of[self._params[segment.name]]]
                 for name, tensors in batch.states.items():
-                    _elements(tensors[segment.tensor], segment).fill_(self.initial_state(name, group))
+                    elements(tensors[segment.tensor], segment).fill_(self.initial_state(name, group))
 
     def _expose_state(self) -> None:
         """Show each parameter's state in ``self.state``, as views of the arena, where it lies whole on this rank."""
@@ -184,58 +185,48 @@ class SegmentOptimizer(Optimizer, ABC):
         """
         return self.local_states([param])[0]
 
-    def local_states(self, params: Sequence[torch.Tensor]) -> list[tuple[int | None, dict[str, Any]]]:
-        """``local_state`` of several, with one look at each batch."""
-        runs: dict[torch.Tensor, dict[str, list[torch.Tensor]]] = {param: {} for param in params}
-        wanted: dict[int, list[tuple[torch.Tensor, int]]] = {}  # by batch: parameters and their segments
-        for param in params:
-            for batch, index in self._places.get(param, ()):
-                wanted.setdefault(id(batch), []).append((param, index))
-        steps: dict[torch.Tensor, tuple[int, torch.Tensor]] = {}
-        for batch in self.batches if wanted else ():
-            if id(batch) in wanted:
-                self._gather_runs(batch, wanted[id(batch)], runs, steps)
+    def local_states(
+        self, params: Sequence[torch.Tensor], *, defer: bool = False
+    ) -> list[tuple[int | None, dict[str, Any]]]:
+        """``local_state`` of several. ``defer``: what is in a file is ``Deferred``, and not read yet."""
+        assert self._arena is not None or not params
+        counts: dict[int, tuple[torch.Tensor, ...]] = {}  # by batch: one look at each where many are asked for
         found: list[tuple[int | None, dict[str, Any]]] = []
         for param in params:
-            if param not in steps:
+            places = self._places.get(param, ())
+            if not places:
                 found.append((None, {}))
                 continue
-            offset, step = steps[param]
-            whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in runs[param].items()}
-            found.append((offset, {"step": step, **whole}))
+            batch, index = places[0]
+            if len(params) > 8 and id(batch) not in counts:
+                counts[id(batch)] = batch.steps.unbind()
+            state: dict[str, Any] = {"step": counts.get(id(batch), batch.steps)[index]}
+            for name in batch.states:
+                state[name] = self._state(places, name, defer=defer)
+            found.append((batch.table.segments[index].offset, state))
         return found
 
-    def _gather_runs(
-        self,
-        batch: SegmentBatch,
-        wanted: Sequence[tuple[torch.Tensor, int]],
-        runs: Mapping[torch.Tensor, dict[str, list[torch.Tensor]]],
-        steps: dict[torch.Tensor, tuple[int, torch.Tensor]],
-    ) -> None:
-        """Add what one batch has of parameters, given with the numbers of their segments."""
-        assert self._arena is not None
-        copies = self._arena.is_filed
-        counts = batch.steps.unbind() if len(wanted) > 8 else batch.steps
-        with self._arena.at_hand(batch, keep=False):
-            for param, index in wanted:
-                segment = batch.table.segments[index]
-                steps.setdefault(param, (segment.offset, counts[index]))
-                for name, tensors in batch.states.items():
-                    run = _elements(tensors[segment.tensor], segment)
-                    runs[param].setdefault(name, []).append(run.clone() if copies else run)
+    def _state(self, places: Sequence[tuple[SegmentBatch, int]], name: str, *, defer: bool) -> Values:
+        arena = self._arena
+        assert arena is not None
+        runs = [(batch, batch.table.segments[index]) for batch, index in places]
+        if arena.is_filed and defer:
+            numel = sum(segment.numel for _, segment in runs)
+            like = without_content(numel, self.state_dtype)
+            return Deferred(like, lambda low, high: _run_of(arena, runs, name, low, high))
+        parts = [arena.state_run(batch, name, segment, 0, segment.numel) for batch, segment in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def write_state(self, param: torch.Tensor, key: str, value: torch.Tensor) -> None:
         """Write what ``local_state`` gives under ``key``, wherever it is: of the same shape, on any device."""
         assert self._arena is not None
-        places, done = self._places[param], 0
-        for batch, index in places:
+        done = 0
+        for batch, index in self._places[param]:
             segment = batch.table.segments[index]
             if key == "step":
                 batch.steps[index] = value
                 continue
-            with self._arena.at_hand(batch, keep=True):
-                run = _elements(batch.states[key][segment.tensor], segment)
-                run.copy_(value.reshape(-1)[done : done + segment.numel])
+            self._arena.store_state(batch, key, segment, value.reshape(-1)[done : done + segment.numel])
             done += segment.numel
 
     def reset_state(self, param: torch.Tensor) -> None:
@@ -245,9 +236,10 @@ class SegmentOptimizer(Optimizer, ABC):
             segment = batch.table.segments[index]
             batch.steps[index] = 0
             assert self._arena is not None
-            with self._arena.at_hand(batch, keep=True):
-                for name, tensors in batch.states.items():
-                    _elements(tensors[segment.tensor], segment).fill_(self.initial_state(name, group))
+            for name in batch.states:
+                self._arena.store_state(
+                    batch, name, segment, torch.full((segment.numel,), self.initial_state(name, group))
+                )
 
     def original(self, target: torch.Tensor) -> torch.Tensor:
         """The model's parameter behind one that stands in the groups: itself."""
@@ -329,12 +321,10 @@ class SegmentOptimizer(Optimizer, ABC):
             }
             return
         for batch, index in self._places.get(param, []):
-            with self._arena.at_hand(batch, keep=True):
-                form = self._arena.forms[batch.table.segments[index].name]
-                _restore_segment(batch, index, form, saved)
+            _restore_segment(self._arena, batch, index, saved)
 
 
-def _restore_segment(batch: SegmentBatch, index: int, form: Form, saved: Mapping[str, torch.Tensor]) -> None:
+def _restore_segment(arena: UpdateArena, batch: SegmentBatch, index: int, saved: Mapping[str, torch.Tensor]) -> None:
     """Take one segment's part of a parameter's whole state."""
     segment = batch.table.segments[index]
     if saved.keys() != {"step", *batch.states}:
@@ -344,13 +334,22 @@ def _restore_segment(batch: SegmentBatch, index: int, form: Form, saved: Mapping
             expected=", ".join(["step", *batch.states]),
             do="load it into the class of optimizer that saved it",
         )
+    form = arena.forms[segment.name]
     batch.steps[index] = saved["step"]
-    for name, tensors in batch.states.items():
+    for name in batch.states:
         ordered = torch.empty_strided(form.shape, form.stride, dtype=torch.float32).copy_(saved[name])
         memory = ordered.as_strided((form.numel,), (1,))
-        _elements(tensors[segment.tensor], segment).copy_(memory[segment.offset : segment.offset + segment.numel])
+        arena.store_state(batch, name, segment, memory[segment.offset : segment.offset + segment.numel])
 
 
-def _elements(tensor: torch.Tensor, segment: Segment) -> torch.Tensor:
-    """The elements of a segment, in memory order."""
-    return tensor.as_strided((segment.numel,), (1,), tensor.storage_offset() + segment.begin)
+def _run_of(
+    arena: UpdateArena, runs: Sequence[tuple[SegmentBatch, Segment]], name: str, low: int, high: int
+) -> torch.Tensor:
+    """Elements [low, high) of a parameter's state that is in several segments."""
+    parts, begin = [], 0
+    for batch, segment in runs:
+        first, last = max(low - begin, 0), min(high - begin, segment.numel)
+        if first < last:
+            parts.append(arena.state_run(batch, name, segment, first, last))
+        begin += segment.numel
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

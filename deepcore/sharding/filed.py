@@ -6,7 +6,6 @@ Knows nothing of formulas, ranks or how files are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -16,7 +15,7 @@ from deepcore.sharding.file_store import FileColumn, FileStore, Ticket, aligned_
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.homes import Homes
 from deepcore.sharding.memory import lazy_zeros
-from deepcore.sharding.segments import SegmentBatch
+from deepcore.sharding.segments import Segment, SegmentBatch
 from deepcore.sharding.sharded_group import ShardedGroup
 from deepcore.sharding.tiles import Tile, TiledArena
 
@@ -30,7 +29,7 @@ class FiledArena(TiledArena):
     What stays in memory is what training itself uses: weights (which are the masters in fp32) and gradients.
 
     In ``masters`` an empty tensor stands for one that is in the file: ``master_run`` and ``store_master`` go there.
-    Batches hold a tile's content inside ``visit`` and ``at_hand`` only.
+    Batches hold a tile's content inside ``visit`` only.
 
     Attributes:
         homes: the sizes of tiles and of the ring.
@@ -43,6 +42,7 @@ class FiledArena(TiledArena):
         self.store = homes.store
         self._columns: list[dict[str, FileColumn]] = []  # per group, by name
         self._ring: dict[tuple[int, str], torch.Tensor] = {}
+        self._place_of: dict[int, int] = {}  # by the batch's id
         self._torn = False  # whether a transfer failed half way through an update
         super().__init__(groups, rank, homes)
 
@@ -116,6 +116,7 @@ class FiledArena(TiledArena):
             for name in names:
                 self._columns[number][name] = self.store.column(group.layout.shard_numel, dtype)
         for place, (tile, batch) in enumerate(zip(self.tiles, self.batches, strict=True)):
+            self._place_of[id(batch)] = place
             for name in names:
                 batch.states[name] = [self._buffer(place, name, dtype)[: tile.end - tile.begin]]
 
@@ -178,14 +179,20 @@ class FiledArena(TiledArena):
             for tickets in flights.values():  # something failed: what is in flight still uses our memory
                 settle(tickets)
 
-    @contextmanager
-    def at_hand(self, batch: SegmentBatch, *, keep: bool) -> Iterator[None]:
+    def state_run(self, batch: SegmentBatch, name: str, segment: Segment, low: int, high: int) -> torch.Tensor:
         self.require_whole()
-        place = next(place for place, other in enumerate(self.batches) if other is batch)
-        finish(self._begin(place, writes=False))
-        yield
-        if keep:
-            finish(self._begin(place, writes=True))
+        column, begin = self._state_of(batch, name, segment)
+        return column.read(begin + low, begin + high)
+
+    def store_state(self, batch: SegmentBatch, name: str, segment: Segment, values: torch.Tensor) -> None:
+        self.require_whole()
+        column, begin = self._state_of(batch, name, segment)
+        column.write(begin, values)
+
+    def _state_of(self, batch: SegmentBatch, name: str, segment: Segment) -> tuple[FileColumn, int]:
+        """Where it is: the column, and its first element there."""
+        tile = self.tiles[self._place_of[id(batch)]]
+        return self._columns[tile.group][name], tile.begin + segment.begin
 
     def _begin(self, place: int, *, writes: bool, states: bool = True, weights: bool = True) -> list[Ticket]:
         tile, tickets = self.tiles[place], []

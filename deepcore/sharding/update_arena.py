@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +33,11 @@ class Form:
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + segment.begin)
 
 
+def elements(tensor: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """The elements of a segment, in memory order."""
+    return tensor.as_strided((segment.numel,), (1,), tensor.storage_offset() + segment.begin)
+
+
 class UpdateArena:
     """The masters, gradients and state that one rank updates.
 
@@ -42,7 +46,7 @@ class UpdateArena:
     Attributes:
         device: where weights are used and gradients are reduced.
         home: device of all tensors of the batches.
-        store: the file that state is in, which is in a batch's tensors only inside ``visit`` and ``at_hand``; or None.
+        store: the file that state is in, which is in a batch's tensors only inside ``visit``; or None.
         is_local: False where the update first looks at ``skip``, to save the way there and back.
         names: of all parameters, also of those that other ranks update.
         usage: uint8 (P,), a flag per parameter in that order: 1 where a gradient arrived in this window.
@@ -82,10 +86,13 @@ class UpdateArena:
         """
         yield from self.batches
 
-    @contextmanager
-    def at_hand(self, batch: SegmentBatch, *, keep: bool) -> Iterator[None]:
-        """One batch's content in its tensors, outside of an update; what is written to it stays if ``keep``."""
-        yield
+    def state_run(self, batch: SegmentBatch, name: str, segment: Segment, low: int, high: int) -> torch.Tensor:
+        """Elements [low, high) of a segment's state, outside of an update: 1-D, a view where it is in memory."""
+        return elements(batch.states[name][segment.tensor], segment)[low:high]
+
+    def store_state(self, batch: SegmentBatch, name: str, segment: Segment, values: torch.Tensor) -> None:
+        """Write all of a segment's state, from 1-D values of any dtype."""
+        elements(batch.states[name][segment.tensor], segment).copy_(values)
 
     def settle(self) -> None:
         """Return when the host may read and write everything that is kept for updates."""

@@ -67,7 +67,7 @@ def safe_set_full_fp32_param(param: torch.nn.Parameter, value: Tensor) -> None:
     keep_weights(held, weights, exact)
     part = weights_part(held)
     if part is not None:  # a master that the weight rounds to is written too
-        store_weights(held, part, run(exact, part))
+        store_weights(held, part.offset, run(exact, part))
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def safe_set_local_fp32_param(param: torch.nn.Parameter, value: Tensor | None) -
         return
     require_local(held, value, 0 if part is None else part.values.numel())
     if part is not None and value is not None:
-        store_weights(held, part, value.reshape(-1))
+        store_weights(held, part.offset, value.reshape(-1))
         part = weights_part(held)
     whole = assemble(part, held.holdings.axis)
     if whole is not None:

@@ -5,10 +5,13 @@ Knows nothing of collectives other than the assembly of parts.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from deepcore.errors import UsageError
 from deepcore.sharding.cuts import gathered
+from deepcore.sharding.deferred import Deferred, without_content
 from deepcore.sharding.sharded_group import ShardedGroup
 from deepcore.zero.gather import in_shape
 from deepcore.zero.holdings import Held
@@ -59,12 +62,33 @@ def weights_part(held: Held) -> Part | None:
     return Part(arena.master_run(held.number, low, high), low - start, held.slot.shape)
 
 
-def store_weights(held: Held, part: Part, values: Tensor) -> None:
-    """Write ``values`` (1-D, any dtype) where ``weights_part`` found ``part``."""
+def deferred_weights(held: Held) -> tuple[Deferred, int] | None:
+    """What ``weights_part`` finds, and its first element, where that may be in a file: it is not read yet."""
+    assert held.group is not None
+    arena = held.holdings.strategy.arena
+    if held.number is None:
+        assert isinstance(held.group, ShardedGroup)
+        column, (begin, end) = held.group.column, held.group.layout.shard_range(held.holdings.axis.rank)
+        low, high = max(held.slot.start, begin), min(held.slot.end, end)
+        if column is None or low >= high:
+            found = weights_part(held)
+            return None if found is None else (Deferred.of(found.values), found.offset)
+        like, first = without_content(high - low, column.dtype), low - begin
+        return Deferred(like, column.read, first), low - held.slot.start
+    run = arena.run_of(held.number, held.index)
+    if run is None:
+        return None
+    low, high, start = run
+    like = without_content(high - low, arena.masters[held.number].dtype)
+    return Deferred(like, partial(arena.master_run, held.number), low), low - start
+
+
+def store_weights(held: Held, offset: int, values: Tensor) -> None:
+    """Write ``values`` (1-D, any dtype) where ``weights_part`` found a part that begins at ``offset``."""
     if held.number is None:
         assert isinstance(held.group, ShardedGroup)
         begin, _ = held.group.layout.shard_range(held.holdings.axis.rank)
-        held.group.write_shard(held.slot.start + part.offset - begin, values)
+        held.group.write_shard(held.slot.start + offset - begin, values)
         return
     arena = held.holdings.strategy.arena
     run = arena.run_of(held.number, held.index)

@@ -6,17 +6,16 @@ Knows nothing of formulas. What ``whole.py`` says of owners and travel holds her
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from deepcore.comm.mesh import Axis
-from deepcore.sharding.file_store import FileColumn, Ticket, aligned_buffer, finish
+from deepcore.sharding.file_store import FileColumn, Ticket, aligned_buffer
 from deepcore.sharding.filed import FiledArena
 from deepcore.sharding.pieces import Piece, PieceArena
 from deepcore.sharding.placement import Cut, UpdateRule
-from deepcore.sharding.segments import SegmentBatch
+from deepcore.sharding.segments import Segment, SegmentBatch
 from deepcore.zero.exchange import Exchange, run
 from deepcore.zero.ownership import OwnedParam, Side, Travel, owned_params
 from deepcore.zero.turns import Run, local_turns, travelling_turns
@@ -63,7 +62,7 @@ class FiledWholeArena(PieceArena):
         self._filed, self.store = base, base.store
         self._axis = axis
         self._rank, self._size = (0, 1) if base.is_whole else (axis.rank, axis.size)
-        self._states: dict[int, list[_Span]] = {}  # per batch, in the order of ``batches``
+        self._states: dict[int, dict[str, _Span]] = {}  # by the batch's id and the state's name
         params = owned_params(base, rules, self._size)
         bound = base.homes.tile_numel
         whole = [base.forms[param.name].numel for param in params if param.rule.whole]
@@ -159,7 +158,7 @@ class FiledWholeArena(PieceArena):
             for (place, index, batch), size in zip(mine, sizes, strict=True):
                 self._memory.begin()
                 memory = self._memory.take(f"{name} {place} {index}", dtype, size)
-                self._states.setdefault(id(batch), []).append(_Span(column, low, memory))
+                self._states.setdefault(id(batch), {})[name] = _Span(column, low, memory)
                 batch.states[name] = _like(batch.params, memory)
                 low += size
 
@@ -196,18 +195,23 @@ class FiledWholeArena(PieceArena):
         turn = self._turns[number]
         spans = list(turn.weights) if weights else []
         for batch in turn.batches if states else ():
-            spans += self._states.get(id(batch), [])
+            spans += self._states.get(id(batch), {}).values()
         return [span.begin(writes=writes) for span in spans]
 
-    @contextmanager
-    def at_hand(self, batch: SegmentBatch, *, keep: bool) -> Iterator[None]:
-        """State alone: masters are the base's business."""
+    def state_run(self, batch: SegmentBatch, name: str, segment: Segment, low: int, high: int) -> torch.Tensor:
         self._filed.require_whole()
-        spans = self._states.get(id(batch), [])
-        finish([span.begin(writes=False) for span in spans])
-        yield
-        if keep:
-            finish([span.begin(writes=True) for span in spans])
+        column, begin = self._state_of(batch, name, segment)
+        return column.read(begin + low, begin + high)
+
+    def store_state(self, batch: SegmentBatch, name: str, segment: Segment, values: torch.Tensor) -> None:
+        self._filed.require_whole()
+        column, begin = self._state_of(batch, name, segment)
+        column.write(begin, values)
+
+    def _state_of(self, batch: SegmentBatch, name: str, segment: Segment) -> tuple[FileColumn, int]:
+        span = self._states[id(batch)][name]
+        before = sum(param.numel() for param in batch.params[: segment.tensor])
+        return span.column, span.low + before + segment.begin
 
     def release(self) -> None:
         super().release()

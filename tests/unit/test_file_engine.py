@@ -17,7 +17,8 @@ import torch
 
 import deepcore
 from deepcore import zero
-from deepcore.errors import BuildError, ConfigError, StorageError, UsageError
+from deepcore.checkpoint import io, reader
+from deepcore.errors import BuildError, CheckpointError, ConfigError, StorageError, UsageError
 from deepcore.ops import build, file_engine
 from deepcore.ops.file_engine import FileEngine, PythonFileEngine, make_engine
 from deepcore.plan.memory import plan_memory
@@ -290,3 +291,58 @@ def test_a_ring_of_two_and_tiles_that_bypass_the_page_cache(tmp_path: Path) -> N
 def test_a_plan_counts_offloaded_bytes_and_makes_no_file() -> None:
     model = torch.nn.Linear(64, 64)
     assert plan_memory(model, config(Path("/nowhere")), world_size=1) == plan_memory(model, config(None), world_size=1)
+
+
+# --- checkpoints of it --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_takes_a_window_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State in files never is in memory as a whole, neither when it is saved nor when it is loaded."""
+    (tmp_path / "drive").mkdir()
+    engine, weights = trained(tmp_path / "drive", 256)
+    window, most = 1 << 17, [0]
+    monkeypatch.setattr(io, "WINDOW", window)
+    monkeypatch.setattr(io, "BLOCK", 1 << 14)
+    monkeypatch.setattr(reader, "WINDOW", window)
+
+    def watch(owner: Any, name: str) -> None:
+        honest = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = honest(*args, **kwargs)
+            most[0] = max(most[0], tensor_bytes())
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(io._Staging, "gather")
+    watch(reader.Reader, "_read")
+    base = tensor_bytes()
+    engine.save_checkpoint(tmp_path / "saved")
+    saved, most[0] = most[0] - base, 0
+    engine.load_checkpoint(tmp_path / "saved")
+    loaded, numel = most[0] - base, weights.numel()
+    assert 0 < saved <= 3 * window
+    assert 0 < loaded <= 4 * 256 * 256 + 2 * window < 12 * numel / 4  # the largest tensor may be larger than a window
+    assert torch.equal(torch.cat([param.detach().flatten() for param in engine.module.parameters()]), weights)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_save_says_when_offloaded_state_cannot_be_read(in_background: bool, tmp_path: Path) -> None:
+    (tmp_path / "drive").mkdir()
+    torch.manual_seed(0)
+    model = torch.nn.Linear(96, 96)
+    settings = {**config(tmp_path / "drive"), "checkpoint": {"async": in_background}}
+    engine, *_ = deepcore.initialize(model=model, config=settings)
+    step(engine)
+    os.truncate(engine.strategy.arena.store.plain, 8192)
+
+    def save() -> None:
+        engine.save_checkpoint(tmp_path / "saved")
+        engine.wait_for_save()
+
+    with pytest.raises(CheckpointError, match=r"got: +offloaded state could not be read got: .*too early"):
+        save()
+    assert not [path for path in (tmp_path / "saved").iterdir() if path.name.startswith("global")]
+    engine.destroy()
