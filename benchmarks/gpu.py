@@ -19,6 +19,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,13 @@ def tally(junit: str) -> Outcome:
     return {**counts, "failing": failing}
 
 
-def training(session: Session, *, stage: int, dtype: str, backend: str, ranks: int) -> Outcome:
-    """Train beside plain PyTorch and compare the weights; under the stream sanitizer on one NCCL rank."""
-    arguments = {"stage": stage, "dtype": dtype, "backend": backend}
+def training(session: Session, *, stage: int, dtype: str, backend: str, ranks: int, **more: Any) -> Outcome:
+    """Train beside plain PyTorch and compare the weights; under the stream sanitizer on one NCCL rank.
+
+    Args:
+        more: arguments of ``gpu_programs.train``.
+    """
+    arguments = {"stage": stage, "dtype": dtype, "backend": backend, **more}
     outcome = session.call(
         "benchmarks.gpu_programs:train", arguments, limit=150, ranks=ranks, sanitized=backend == "nccl"
     )
@@ -218,6 +223,27 @@ def _trainings(backend: str, ranks: int) -> list[Task]:
     ]
 
 
+OFFLOADED = [  # stage, dtype, where, whether the optimizer is the client's
+    (1, "bf16", "cpu", False),
+    (2, "fp32", "nvme", False),
+    (3, "bf16", "cpu", False),
+    (3, "bf16", "nvme", False),
+    (2, "bf16", "cpu", True),
+    (2, "bf16", "nvme", True),
+    (3, "fp32", "nvme", True),
+]
+
+
+def _offloaded(backend: str, ranks: int) -> list[Task]:
+    return [
+        Task(
+            f"stage {stage} {dtype}, state on {where}, {'AdamW as an object, ' * client}{ranks} {backend}",
+            partial(training, stage=stage, dtype=dtype, backend=backend, ranks=ranks, offload=where, client=client),
+        )
+        for stage, dtype, where, client in OFFLOADED
+    ]
+
+
 PARTS: dict[int, list[Task]] = {
     1: [
         Task("build the CUDA ops", build),
@@ -240,6 +266,7 @@ PARTS: dict[int, list[Task]] = {
         ),
         Task("benchmark of a step", lambda session: benchmarks(session, "step")),
     ],
+    4: [*_offloaded("nccl", 1), *_offloaded("gloo", 2)],
 }
 
 

@@ -6,6 +6,7 @@ Knows nothing of parts, time limits or result files; every function returns what
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,8 +23,14 @@ ADAM = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-5, "weight_decay": 0.1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def train(stage: int, dtype: str, backend: str, steps: int = 5) -> dict[str, Any]:
+def train(
+    stage: int, dtype: str, backend: str, steps: int = 5, offload: str = "", client: bool = False
+) -> dict[str, Any]:
     """Train a tiny GPT with deepcore and, beside it on the same device, with plain PyTorch over all ranks' batches.
+
+    Args:
+        offload: "cpu" or "nvme": where optimizer state lives, and at stage 3 shards of weights.
+        client: the optimizer is torch's, passed as an object.
 
     Returns:
         worst: largest relative difference of a parameter, ||a - b|| / ||b||, and the name of that parameter;
@@ -33,16 +40,17 @@ def train(stage: int, dtype: str, backend: str, steps: int = 5) -> dict[str, Any
     torch.manual_seed(0)
     reference = PlainTraining(models.tiny_gpt().to(world.device), DTYPES[dtype], world.size)
     torch.manual_seed(world.rank)  # ranks seeded differently train as one: the first rank's weights count
-    engine, *_ = deepcore.initialize(model=models.tiny_gpt(), config=config(stage, dtype))
     losses, expected = [], []
-    for step in range(steps):
-        batches = [_batch(reference.model, step, rank, world.device) for rank in range(world.size)]
-        loss = engine(*batches[world.rank])
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.detach())
-        expected.append(reference.step(batches)[world.rank])
-    engine.destroy()  # at stage 3 the module has its weights back from here on
+    with tempfile.TemporaryDirectory() as folder:
+        engine = _engine(config(stage, dtype, offload, folder), client=client)
+        for step in range(steps):
+            batches = [_batch(reference.model, step, rank, world.device) for rank in range(world.size)]
+            loss = engine(*batches[world.rank])
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach())
+            expected.append(reference.step(batches)[world.rank])
+        engine.destroy()  # at stage 3 the module has its weights back from here on
     worst, name = worst_difference(engine.module, reference.model)
     return {
         "worst": worst,
@@ -55,12 +63,26 @@ def train(stage: int, dtype: str, backend: str, steps: int = 5) -> dict[str, Any
     }
 
 
-def config(stage: int, dtype: str) -> dict[str, Any]:
-    """The config of every program here."""
+def _engine(settings: dict[str, Any], *, client: bool) -> deepcore.Engine:
+    model = models.tiny_gpt()
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM) if client else None
+    if client:
+        del settings["optimizer"]
+    return deepcore.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def config(stage: int, dtype: str, offload: str = "", folder: str = "") -> dict[str, Any]:
+    """The config of every program here; ``folder`` is for state that is offloaded to "nvme"."""
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    if offload:
+        there = {"device": offload, "nvme_path": folder} if offload == "nvme" else {"device": offload}
+        zero.update(offload_optimizer=there, sub_group_size=5000)  # several tiles
+    if offload and stage == 3:
+        zero["offload_param"] = there
     return {
         "train_micro_batch_size_per_gpu": ROWS,
         "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": zero,
         "bf16": {"enabled": dtype == "bf16"},
         "optimizer": {"type": "AdamW", "params": {**ADAM, "betas": list(ADAM["betas"])}},
     }

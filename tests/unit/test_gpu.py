@@ -21,6 +21,7 @@ from benchmarks import gpu, gpu_call, gpu_programs
 from benchmarks.gpu import Session, Task
 from benchmarks.ranks import RanksError, run_ranks
 from tests.dist import pool
+from tests.parity.journey import beside
 
 PROGRAMS = "tests.unit.rank_programs"
 
@@ -237,6 +238,14 @@ def test_the_training_program_agrees_with_plain_pytorch_on_two_cpu_ranks() -> No
     assert (first["ranks"], first["backend"]) == (2, "gloo")
     assert first["losses"] != second["losses"]
     assert first["worst"] == second["worst"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("row", gpu.OFFLOADED, ids=str)
+def test_the_training_program_agrees_with_state_elsewhere(row: tuple[int, str, str, bool]) -> None:
+    stage, dtype, where, client = row
+    for result in pool.run_ranks(2, beside, gpu_programs.train, stage, dtype, "gloo", 5, where, client, adopt=False):
+        assert result["worst"] <= gpu.TOLERANCE[dtype]
 
 
 def test_the_training_program_sees_a_wrong_weight() -> None:
