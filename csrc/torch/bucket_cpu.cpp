@@ -1,5 +1,6 @@
 // Owns the CPU binding of the bucket stem: checks, starts the kernel on torch's threads.
 // Knows nothing of how parts are summed.
+#include "torch/box.h"
 #include "torch/bucket_args.h"
 #include "torch/grad_stats_args.h"
 #include "torch/isa.h"
@@ -29,16 +30,16 @@ void bucket_sum_(const Tensor& out, const Tensor& parts, bool accumulate, double
 Tensor bucket_sum_squares_(const Tensor& out, const Tensor& parts, bool accumulate, double divisor,
                            const Tensor& segments, const Tensor& chunk_offsets) {
     const BucketArgs args = cpu_args(out, parts, accumulate, divisor);
-    const GradStatsCall stats = grad_stats_call({out}, segments, chunk_offsets, cpu_device());
+    GradStatsCall stats = grad_stats_call(out, segments, chunk_offsets, cpu_device());
     const auto chunks = DEEPCORE_PICK(bucket_chunks);
     parallel_for(stats.num_chunks, 2, [&](int64_t begin, int64_t end) { chunks(args, stats.args, begin, end); });
     DEEPCORE_PICK(grad_stats_finish)(stats.args);
-    return stats.squares;
+    return std::move(stats.squares);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
-    m.impl("bucket_sum_", TORCH_BOX(&bucket_sum_));
-    m.impl("bucket_sum_squares_", TORCH_BOX(&bucket_sum_squares_));
+    m.impl("bucket_sum_", boxed<&bucket_sum_>);
+    m.impl("bucket_sum_squares_", boxed<&bucket_sum_squares_>);
 }

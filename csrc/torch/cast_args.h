@@ -2,37 +2,33 @@
 // Knows nothing of how the kernels are started.
 #pragma once
 
-#include <optional>
-
 #include "cast/cast.h"
+#include "torch/box.h"
 #include "torch/lists.h"
 
 namespace deepcore {
 namespace DEEPCORE_HIDDEN binding {
 
-using OptionalTensor = std::optional<Tensor>;
-
 inline CastArgs cast_args(const Tensor& out, const Tensor& source, const OptionalTensor& seed, Device device) {
-    require_list("out", {out}, device);
-    require_list("source", {source}, device);
-    require_companion("source", {source}, "out", {out});
+    const CheckedList to = checked_list("out", out, device), from = checked_list("source", source, device);
+    require_companion(from, to);
     CastArgs args = {};
-    args.out_dtype = float_dtype("out", out);
-    args.source_dtype = float_dtype("source", source);
-    args.out = out.data_ptr();
-    args.source = source.data_ptr();
-    args.numel = out.numel();
+    args.out_dtype = float_dtype(to);
+    args.source_dtype = float_dtype(from);
+    args.out = to[0].data;
+    args.source = from[0].data;
+    args.numel = to[0].numel;
     if (seed.has_value()) {
         args.seed = table_of<const int64_t>("seed", *seed, ScalarType::Long, {1}, device);
         if (args.out_dtype != DType::bf16) {
-            fail("out: got %s, expected bfloat16, the one that is rounded at random", dtype_name(out.scalar_type()));
+            fail("out: got %s, expected bfloat16, the one that is rounded at random", dtype_name(out));
         }
         if (args.source_dtype != DType::f32) {
-            fail("source: got %s, expected float32 where a seed is given", dtype_name(source.scalar_type()));
+            fail("source: got %s, expected float32 where a seed is given", dtype_name(source));
         }
     }
-    const Range from = range_at(args.source, args.numel * bytes_of(args.source_dtype));
-    if (from.overlaps(range_at(args.out, args.numel * bytes_of(args.out_dtype)))) {
+    const Range read = range_at(args.source, args.numel * bytes_of(args.source_dtype));
+    if (read.overlaps(range_at(args.out, args.numel * bytes_of(args.out_dtype)))) {
         fail("source: got memory that overlaps out, expected memory of its own");
     }
     return args;

@@ -1,5 +1,6 @@
 // Owns the CPU binding of cast_: checks, starts the kernel on torch's threads.
 // Knows nothing of rounding.
+#include "torch/box.h"
 #include "torch/cast_args.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
@@ -12,7 +13,7 @@ using namespace deepcore::binding;
 constexpr int64_t kCastGrain = 32768 / kCastBlock;  // blocks of elements that are worth a thread
 constexpr int64_t kCastStreamingNumel = 1 << 22;    // beyond this the caches would only hold what nobody reads soon
 
-void cast_(const Tensor& out, const Tensor& source, OptionalTensor seed) {
+void cast_(const Tensor& out, const Tensor& source, const OptionalTensor& seed) {
     CastArgs args = cast_args(out, source, seed, cpu_device());
     args.streaming = args.numel >= kCastStreamingNumel;
     const auto cast = DEEPCORE_PICK(cast_range);
@@ -23,4 +24,4 @@ void cast_(const Tensor& out, const Tensor& source, OptionalTensor seed) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("cast_", TORCH_BOX(&cast_)); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("cast_", boxed<&cast_>); }

@@ -1,5 +1,6 @@
 // Owns the CUDA binding of cast_: checks, launches on the current stream.
 // Knows nothing of rounding.
+#include "torch/box.h"
 #include "torch/cast_args.h"
 #include "torch/cuda_stream.h"
 
@@ -8,7 +9,7 @@ namespace {
 using namespace deepcore;
 using namespace deepcore::binding;
 
-void cast_(const Tensor& out, const Tensor& source, OptionalTensor seed) {
+void cast_(const Tensor& out, const Tensor& source, const OptionalTensor& seed) {
     const Device device = cuda_device_of("out", out);
     const CastArgs args = cast_args(out, source, seed, device);
     launch_on(device, "cast_", [&](void* stream) { return launch_cast(args, stream); });
@@ -16,4 +17,4 @@ void cast_(const Tensor& out, const Tensor& source, OptionalTensor seed) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("cast_", TORCH_BOX(&cast_)); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("cast_", boxed<&cast_>); }

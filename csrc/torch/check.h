@@ -4,25 +4,19 @@
 
 #include <stdarg.h>
 #include <stdio.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include <initializer_list>
 #include <memory>
 #include <stdexcept>
-#include <vector>
 
 #include "core/dtype.h"
-
-// libtorch hides its stable C++ types, so whatever holds one must be hidden too.
-#define DEEPCORE_HIDDEN __attribute__((visibility("hidden")))
+#include "torch/tensor.h"
 
 namespace deepcore {
 namespace DEEPCORE_HIDDEN binding {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using TensorList = std::vector<Tensor>;
 
 [[noreturn]] __attribute__((format(printf, 1, 2), noinline, cold)) inline void fail(const char* format, ...) {
     char text[512];
@@ -31,13 +25,6 @@ using TensorList = std::vector<Tensor>;
     vsnprintf(text, sizeof text, format, values);
     va_end(values);
     throw std::runtime_error(text);
-}
-
-// Cheaper than Tensor::scalar_type(), which translates it: that of a call's tensors would take as long as its checks.
-inline int32_t dtype_code(const Tensor& tensor) {
-    int32_t code;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-    return code;
 }
 
 inline int32_t dtype_code(ScalarType dtype) {  // of those that ops ask for
@@ -59,7 +46,7 @@ inline int32_t dtype_code(ScalarType dtype) {  // of those that ops ask for
     }
 }
 
-inline bool is_of(const Tensor& tensor, ScalarType dtype) { return dtype_code(tensor) == dtype_code(dtype); }
+inline bool is_of(const Tensor& tensor, ScalarType dtype) { return tensor.dtype_code() == dtype_code(dtype); }
 
 struct Text {  // a short string without an allocation
     char text[160];
@@ -72,11 +59,8 @@ struct Device {
 };
 
 inline Device device_of(const Tensor& tensor) {
-    Device device = {0, 0};
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
-    if (device.is_cpu()) return device;  // of its index torch says -1 here and 0 there
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
-    return device;
+    const Device device = {tensor.device_type(), 0};
+    return device.is_cpu() ? device : Device{device.type, tensor.device_index()};  // a CPU's is -1 here and 0 there
 }
 
 inline Text describe(Device device) {
@@ -114,6 +98,12 @@ inline const char* dtype_name(ScalarType dtype) {
     }
 }
 
+inline const char* dtype_name(int32_t code) {
+    return dtype_name(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(code)));
+}
+
+inline const char* dtype_name(const Tensor& tensor) { return dtype_name(tensor.dtype_code()); }
+
 inline Text shape_text(const int64_t* sizes, int64_t dim) {
     Text out;
     int used = snprintf(out.text, sizeof out.text, "(");
@@ -124,29 +114,43 @@ inline Text shape_text(const int64_t* sizes, int64_t dim) {
     return out;
 }
 
-inline Text shape_text(const Tensor& tensor) { return shape_text(tensor.sizes().data(), tensor.dim()); }
+inline Text shape_text(const Tensor& tensor) { return shape_text(tensor.sizes(), tensor.dim()); }
+
+inline Text strides_text(const Tensor& tensor) { return shape_text(tensor.strides(), tensor.dim()); }
 
 inline Device cpu_device() { return {aoti_torch_device_type_cpu(), 0}; }
 
-// A tensor whose storage was resized to less than it spans would be read beyond its end. `tensor`: dense.
+inline int64_t element_size(int32_t dtype) { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
+
+// A tensor whose storage was resized to less than it spans would be read beyond its end. `tensor`: dense; size: bytes
+// of an element.
+inline bool fits_storage(const Tensor& tensor, int64_t numel, int64_t size) {
+    return numel == 0 || (tensor.storage_offset() + numel) * size <= tensor.storage_size();
+}
+
 inline bool fits_storage(const Tensor& tensor) {
-    int64_t nbytes = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &nbytes));
-    const int64_t end = tensor.storage_offset() + tensor.numel();
-    return tensor.numel() == 0 || end * static_cast<int64_t>(tensor.element_size()) <= nbytes;
+    return fits_storage(tensor, tensor.numel(), element_size(tensor.dtype_code()));
 }
 
 // The memory of a contiguous table argument with exactly this dtype, shape and device.
 inline void* table_memory(const char* name, const Tensor& tensor, ScalarType dtype,
                           std::initializer_list<int64_t> shape, Device device) {
     bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-    for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == shape.begin()[i];
-    if (!same || !is_of(tensor, dtype) || !(device_of(tensor) == device) || !tensor.is_contiguous()) {
-        fail("%s: got %s %s on %s%s, expected contiguous %s %s on %s", name, dtype_name(tensor.scalar_type()),
-             shape_text(tensor).text, describe(device_of(tensor)).text, tensor.is_contiguous() ? "" : " (strided)",
-             dtype_name(dtype), shape_text(shape.begin(), shape.size()).text, describe(device).text);
+    const int64_t* const sizes = tensor.sizes();
+    int64_t numel = 1;
+    for (size_t i = 0; same && i < shape.size(); ++i) {
+        same = sizes[i] == shape.begin()[i];
+        numel *= sizes[i];
     }
-    if (!fits_storage(tensor)) fail("%s: got a storage smaller than the tensor, expected its memory", name);
+    const int32_t code = tensor.dtype_code();
+    if (!same || code != dtype_code(dtype) || !(device_of(tensor) == device) || !tensor.is_contiguous()) {
+        fail("%s: got %s %s on %s%s, expected contiguous %s %s on %s", name, dtype_name(code), shape_text(tensor).text,
+             describe(device_of(tensor)).text, tensor.is_contiguous() ? "" : " (strided)", dtype_name(dtype),
+             shape_text(shape.begin(), shape.size()).text, describe(device).text);
+    }
+    if (!fits_storage(tensor, numel, element_size(code))) {
+        fail("%s: got a storage smaller than the tensor, expected its memory", name);
+    }
     return tensor.data_ptr();
 }
 
@@ -160,8 +164,7 @@ T* table_of(const char* name, const Tensor& tensor, ScalarType dtype, std::initi
 inline Tensor empty(int64_t numel, int32_t dtype, Device device) {
     constexpr int64_t kStride = 1;
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(1, &numel, &kStride, dtype, device.type, device.index, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &numel, &kStride, dtype, device.type, device.index, &handle));
     return Tensor(handle);
 }
 

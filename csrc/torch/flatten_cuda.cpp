@@ -1,5 +1,6 @@
 // Owns the CUDA bindings of flatten_ and unflatten_: checks, launches on the current stream.
 // Knows nothing of how elements are copied.
+#include "torch/box.h"
 #include "torch/cuda_stream.h"
 #include "torch/flatten_args.h"
 
@@ -25,6 +26,6 @@ void unflatten_(const TensorList& tensors, const Tensor& flat, const Tensor& sta
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) {
-    m.impl("flatten_", TORCH_BOX(&flatten_));
-    m.impl("unflatten_", TORCH_BOX(&unflatten_));
+    m.impl("flatten_", boxed<&flatten_>);
+    m.impl("unflatten_", boxed<&unflatten_>);
 }

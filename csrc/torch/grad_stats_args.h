@@ -16,10 +16,10 @@ struct GradStatsCall {  // the kernels' arguments, and what they point into
     int64_t num_chunks;
 };
 
-inline GradStatsCall grad_stats_call(const TensorList& grads, const Tensor& segments, const Tensor& chunk_offsets,
+inline GradStatsCall grad_stats_call(TensorSpan list, const Tensor& segments, const Tensor& chunk_offsets,
                                      Device device) {
-    require_list("grads", grads, device);
-    const DType dtype = float_dtype("grads", grads);
+    const CheckedList grads = checked_list("grads", list, device);
+    const DType dtype = float_dtype(grads);
     const SegmentTable table = segment_table(segments, chunk_offsets, -1, grads, device);
     const int32_t fp64 = aoti_torch_dtype_float64();
     GradStatsCall call{{},
@@ -28,7 +28,8 @@ inline GradStatsCall grad_stats_call(const TensorList& grads, const Tensor& segm
                        empty(3, fp64, device),
                        {},
                        table.num_chunks};
-    for (const Tensor& grad : grads) call.grads.push_back(grad.data_ptr());
+    call.grads.reserve(grads.size());
+    for (const Dense& grad : grads.dense) call.grads.push_back(grad.data);
 
     GradStatsArgs& args = call.args;
     args.dtype = dtype;

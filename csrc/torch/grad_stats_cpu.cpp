@@ -1,5 +1,6 @@
 // Owns the CPU binding of grad_stats: checks, starts the kernels on torch's threads.
 // Knows nothing of the order of the sums.
+#include "torch/box.h"
 #include "torch/grad_stats_args.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
@@ -10,13 +11,13 @@ using namespace deepcore;
 using namespace deepcore::binding;
 
 std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const Tensor& segments, const Tensor& chunk_offsets) {
-    const GradStatsCall call = grad_stats_call(grads, segments, chunk_offsets, cpu_device());
+    GradStatsCall call = grad_stats_call(grads, segments, chunk_offsets, cpu_device());
     const auto chunks = DEEPCORE_PICK(grad_stats_chunks);
     parallel_for(call.num_chunks, 2, [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
     DEEPCORE_PICK(grad_stats_finish)(call.args);
-    return {call.squares, call.summary};
+    return {std::move(call.squares), std::move(call.summary)};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("grad_stats", TORCH_BOX(&grad_stats)); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("grad_stats", boxed<&grad_stats>); }

@@ -1,5 +1,6 @@
 // Owns the CPU bindings of lamb_moments_ and lamb_apply_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formulas.
+#include "torch/box.h"
 #include "torch/isa.h"
 #include "torch/lamb_args.h"
 #include "torch/parallel.h"
@@ -14,7 +15,7 @@ void lamb_moments_(const TensorList& params, const TensorList& grads, const Tens
                    const Tensor& hyper, const Tensor& steps, const Tensor& active, const Tensor& grad_scale,
                    const Tensor& skip, const Tensor& squares) {
     const LambMomentsCall call =
-        lamb_moments_call({params, &grads, kNoCopies, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}},
+        lamb_moments_call({params, &grads, kNoTensors, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}},
                           {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip}, squares, cpu_device());
     DEEPCORE_PICK(lamb_moments_prepare)(call.args, 0, call.args.num_segments);
     const auto chunks = DEEPCORE_PICK(lamb_moments_chunks);
@@ -36,6 +37,6 @@ void lamb_apply_(const TensorList& params, const TensorList& exp_avgs, const Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
-    m.impl("lamb_moments_", TORCH_BOX(&lamb_moments_));
-    m.impl("lamb_apply_", TORCH_BOX(&lamb_apply_));
+    m.impl("lamb_moments_", boxed<&lamb_moments_>);
+    m.impl("lamb_apply_", boxed<&lamb_apply_>);
 }

@@ -1,5 +1,6 @@
 // Owns the CUDA bindings of lamb_moments_ and lamb_apply_: checks, launches on the current stream.
 // Knows nothing of the formulas.
+#include "torch/box.h"
 #include "torch/cuda_stream.h"
 #include "torch/lamb_args.h"
 
@@ -14,7 +15,7 @@ void lamb_moments_(const TensorList& params, const TensorList& grads, const Tens
                    const Tensor& skip, const Tensor& squares) {
     const Device device = cuda_device_of("segments", segments);
     const LambMomentsCall call =
-        lamb_moments_call({params, &grads, kNoCopies, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}},
+        lamb_moments_call({params, &grads, kNoTensors, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}},
                           {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip}, squares, device);
     launch_on(device, "lamb_moments_", [&](void* stream) { return launch_lamb_moments(call.args, stream); });
 }
@@ -32,6 +33,6 @@ void lamb_apply_(const TensorList& params, const TensorList& exp_avgs, const Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) {
-    m.impl("lamb_moments_", TORCH_BOX(&lamb_moments_));
-    m.impl("lamb_apply_", TORCH_BOX(&lamb_apply_));
+    m.impl("lamb_moments_", boxed<&lamb_moments_>);
+    m.impl("lamb_apply_", boxed<&lamb_apply_>);
 }

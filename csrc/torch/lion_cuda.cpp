@@ -1,6 +1,7 @@
 // Owns the CUDA binding of lion_: checks, launches on the current stream.
 // Knows nothing of the formula.
 #include "lion/lion_math.h"
+#include "torch/box.h"
 #include "torch/cuda_stream.h"
 #include "torch/update_args.h"
 
@@ -21,4 +22,4 @@ void lion_(const TensorList& params, const TensorList& grads, const TensorList& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("lion_", TORCH_BOX(&lion_)); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("lion_", boxed<&lion_>); }

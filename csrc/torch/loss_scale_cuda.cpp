@@ -1,5 +1,6 @@
 // Owns the CUDA binding of loss_scale_update_: checks, launches on the current stream.
 // Knows nothing of the state machine.
+#include "torch/box.h"
 #include "torch/cuda_stream.h"
 #include "torch/loss_scale_args.h"
 
@@ -17,4 +18,4 @@ void loss_scale_update_(const Tensor& state, const Tensor& skip, int64_t window,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("loss_scale_update_", TORCH_BOX(&loss_scale_update_)); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("loss_scale_update_", boxed<&loss_scale_update_>); }

@@ -1,5 +1,6 @@
 // Owns the CPU bindings of muon_momentum_ and muon_apply_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formulas.
+#include "torch/box.h"
 #include "torch/isa.h"
 #include "torch/muon_args.h"
 #include "torch/parallel.h"
@@ -13,7 +14,7 @@ void muon_momentum_(const TensorList& params, const TensorList& grads, const Ten
                     const Tensor& segments, const Tensor& chunk_offsets, const Tensor& hyper, const Tensor& steps,
                     const Tensor& active, const Tensor& grad_scale, const Tensor& skip) {
     const UpdateCall call =
-        muon_momentum_call({params, &grads, kNoCopies, {{"momentum_buffers", momentum_buffers}}},
+        muon_momentum_call({params, &grads, kNoTensors, {{"momentum_buffers", momentum_buffers}}},
                            {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip}, cpu_device());
     DEEPCORE_PICK(muon_momentum_prepare)(call.args, 0, call.args.num_segments);
     const auto chunks = DEEPCORE_PICK(muon_momentum_chunks);
@@ -34,6 +35,6 @@ void muon_apply_(const TensorList& params, const TensorList& grads, const Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
-    m.impl("muon_momentum_", TORCH_BOX(&muon_momentum_));
-    m.impl("muon_apply_", TORCH_BOX(&muon_apply_));
+    m.impl("muon_momentum_", boxed<&muon_momentum_>);
+    m.impl("muon_apply_", boxed<&muon_apply_>);
 }

@@ -1,5 +1,6 @@
 // Owns the CUDA bindings of muon_momentum_ and muon_apply_: checks, launches on the current stream.
 // Knows nothing of the formulas.
+#include "torch/box.h"
 #include "torch/cuda_stream.h"
 #include "torch/muon_args.h"
 
@@ -13,7 +14,7 @@ void muon_momentum_(const TensorList& params, const TensorList& grads, const Ten
                     const Tensor& active, const Tensor& grad_scale, const Tensor& skip) {
     const Device device = cuda_device_of("segments", segments);
     const UpdateCall call =
-        muon_momentum_call({params, &grads, kNoCopies, {{"momentum_buffers", momentum_buffers}}},
+        muon_momentum_call({params, &grads, kNoTensors, {{"momentum_buffers", momentum_buffers}}},
                            {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip}, device);
     launch_on(device, "muon_momentum_", [&](void* stream) { return launch_muon_momentum(call.args, stream); });
 }
@@ -30,6 +31,6 @@ void muon_apply_(const TensorList& params, const TensorList& grads, const Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) {
-    m.impl("muon_momentum_", TORCH_BOX(&muon_momentum_));
-    m.impl("muon_apply_", TORCH_BOX(&muon_apply_));
+    m.impl("muon_momentum_", boxed<&muon_momentum_>);
+    m.impl("muon_apply_", boxed<&muon_apply_>);
 }

@@ -15,12 +15,12 @@ struct SegmentTable {
     int64_t num_chunks;
 };
 
-inline void require_row(const Segment& row, int64_t index, int64_t num_hyper_rows, const TensorList& tensors) {
+inline void require_row(const Segment& row, int64_t index, int64_t num_hyper_rows, const CheckedList& tensors) {
     const auto at = static_cast<long long>(index);
     if (row.tensor < 0 || row.tensor >= static_cast<int64_t>(tensors.size())) {
         fail("segments[%lld]: got tensor %lld, expected one of %zu", at, (long long)row.tensor, tensors.size());
     }
-    const int64_t numel = tensors[row.tensor].numel();
+    const int64_t numel = tensors[row.tensor].numel;
     if (row.begin < 0 || row.numel < 0 || row.begin > numel || row.numel > numel - row.begin) {
         fail("segments[%lld]: got begin %lld and numel %lld, expected a range inside tensor %lld of %lld elements", at,
              (long long)row.begin, (long long)row.numel, (long long)row.tensor, (long long)numel);
@@ -39,7 +39,7 @@ inline void require_offset(const SegmentTable& table, int64_t tensor, int64_t ch
 }
 
 // Every row and every offset; only where the table can be read here.
-inline void require_rows(const SegmentTable& table, int64_t num_hyper_rows, const TensorList& tensors) {
+inline void require_rows(const SegmentTable& table, int64_t num_hyper_rows, const CheckedList& tensors) {
     int64_t chunks = 0, tensor = 0, covered = 0;
     for (int64_t i = 0; i < table.num_rows; ++i) {
         const Segment& row = table.rows[i];
@@ -66,9 +66,9 @@ inline void require_rows(const SegmentTable& table, int64_t num_hyper_rows, cons
 
 // num_hyper_rows: -1 where the op has no hyperparameters.
 inline SegmentTable segment_table(const Tensor& segments, const Tensor& chunk_offsets, int64_t num_hyper_rows,
-                                  const TensorList& tensors, Device device) {
+                                  const CheckedList& tensors, Device device) {
     const int64_t num_tensors = static_cast<int64_t>(tensors.size());
-    const int64_t num_rows = segments.dim() == 2 ? segments.size(0) : 0;
+    const int64_t num_rows = segments.dim() == 2 ? segments.sizes()[0] : 0;
     SegmentTable table;
     table.rows = table_of<const Segment>("segments", segments, ScalarType::Long, {num_rows, 5}, device);
     table.num_rows = num_rows;

@@ -1,6 +1,7 @@
 // Owns the CUDA binding of sgd_: checks, launches on the current stream.
 // Knows nothing of the formula.
 #include "sgd/sgd_math.h"
+#include "torch/box.h"
 #include "torch/cuda_stream.h"
 #include "torch/update_args.h"
 
@@ -21,4 +22,4 @@ void sgd_(const TensorList& params, const TensorList& grads, const TensorList& m
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("sgd_", TORCH_BOX(&sgd_)); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CUDA, m) { m.impl("sgd_", boxed<&sgd_>); }

@@ -2,6 +2,8 @@
 // alike. Knows nothing of any one formula, nor of how the kernels are started.
 #pragma once
 
+#include <algorithm>
+
 #include "core/update.h"
 #include "torch/segment_table.h"
 
@@ -14,7 +16,7 @@ struct NamedList {
     bool optional = false;  // may be empty; then those after it are, too
 };
 
-const TensorList kNoCopies;
+const TensorList kNoTensors;
 
 struct UpdateLists {
     const TensorList& params;
@@ -38,6 +40,12 @@ struct UpdateTables {
     const Tensor* seed = nullptr;
 };
 
+struct CheckedUpdate {  // the lists that were given; those that were not are empty
+    CheckedList params, grads, copies;
+    std::vector<CheckedList> states;
+    bool loose;  // each segment brings its gradient as a tensor
+};
+
 struct UpdateCall {  // the kernels' arguments, and what they point into
     std::vector<UpdateTensor> tensors;
     Scratch scratch;
@@ -45,122 +53,163 @@ struct UpdateCall {  // the kernels' arguments, and what they point into
     int64_t num_chunks;
 };
 
-// All states have one dtype.
-inline void require_state_dtype(const UpdateLists& lists, const NamedList& state) {
-    const NamedList& first = lists.states[0];
-    const bool narrow = lists.narrow_states && !first.list.empty() && is_of(first.list[0], ScalarType::BFloat16);
-    require_dtype(state.name, state.list, narrow ? ScalarType::BFloat16 : ScalarType::Float);
-}
-
 // Whether each segment brings its gradient as a tensor. Where that and one per parameter have the same sizes, they mean
 // the same: then a segment is all of its tensor.
-inline bool has_loose_grads(const UpdateLists& lists, int64_t rows) {
-    if (lists.grads == nullptr || lists.grads->size() != static_cast<size_t>(rows)) return false;
-    if (lists.grads->size() != lists.params.size()) return true;
-    for (size_t i = 0; i < lists.params.size(); ++i) {
-        if ((*lists.grads)[i].numel() != lists.params[i].numel()) return true;
+inline bool has_loose_grads(const CheckedList& params, const CheckedList& grads, int64_t rows) {
+    if (grads.size() != static_cast<size_t>(rows)) return false;
+    if (grads.size() != params.size()) return true;
+    for (size_t i = 0; i < params.size(); ++i) {
+        if (grads[i].numel != params[i].numel) return true;
     }
     return false;
 }
 
-inline void require_update_lists(const UpdateLists& lists, bool loose, Device device) {
-    require_list("params", lists.params, device);
-    if (lists.grads != nullptr) require_list("grads", *lists.grads, device);
-    if (lists.grads != nullptr && !loose) require_companion("grads", *lists.grads, "params", lists.params);
-    if (loose && !device.is_cpu()) {
+inline void require_grads(const CheckedUpdate& lists, Device device) {
+    if (!lists.loose) return require_companion(lists.grads, lists.params);
+    if (!device.is_cpu()) {
         fail("grads: got a tensor for each of %zu segments, expected %zu as in params: only a CPU takes them apart",
-             lists.grads->size(), lists.params.size());
+             lists.grads.size(), lists.params.size());
     }
-    for (const NamedList& state : lists.states) {
-        if (state.optional && state.list.empty()) continue;
-        require_list(state.name, state.list, device);
-        require_companion(state.name, state.list, "params", lists.params);
-        require_state_dtype(lists, state);
-    }
-    if (lists.copies.empty()) return;
-    require_list("copies", lists.copies, device);
-    require_companion("copies", lists.copies, "params", lists.params);
-    if (is_of(lists.copies[0], ScalarType::Float)) fail("copies: got float32, expected bfloat16 or float16");
 }
 
-inline std::vector<UpdateTensor> update_tensors(const UpdateLists& lists, bool loose) {
+// All states have one dtype.
+inline void require_state_dtype(const UpdateLists& lists, const CheckedList& first, const CheckedList& state) {
+    const bool narrow = lists.narrow_states && !first.empty() && first.dtype == dtype_code(ScalarType::BFloat16);
+    require_dtype(state, narrow ? ScalarType::BFloat16 : ScalarType::Float);
+}
+
+inline CheckedUpdate checked_update(const UpdateLists& lists, int64_t rows, Device device) {
+    CheckedUpdate checked{checked_list("params", lists.params, device),
+                          checked_list("grads", lists.grads != nullptr ? *lists.grads : kNoTensors, device),
+                          checked_list("copies", kNoTensors, device),
+                          {},
+                          false};
+    const CheckedList& params = checked.params;
+    if (lists.grads != nullptr) {
+        checked.loose = has_loose_grads(params, checked.grads, rows);
+        require_grads(checked, device);
+    }
+    checked.states.reserve(lists.states.size());
+    for (const NamedList& state : lists.states) {
+        checked.states.push_back(checked_list(state.name, state.list, device));
+        if (state.optional && state.list.empty()) continue;
+        require_companion(checked.states.back(), params);
+        require_state_dtype(lists, checked.states[0], checked.states.back());
+    }
+    if (lists.copies.empty()) return checked;
+    checked.copies = checked_list("copies", lists.copies, device);
+    require_companion(checked.copies, params);
+    if (checked.copies.dtype == dtype_code(ScalarType::Float)) {
+        fail("copies: got float32, expected bfloat16 or float16");
+    }
+    return checked;
+}
+
+inline std::vector<UpdateTensor> update_tensors(const CheckedUpdate& lists, int num_states) {
     std::vector<UpdateTensor> tensors(lists.params.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
-        tensors[i] = {lists.params[i].data_ptr(), nullptr, {}, nullptr};
-        if (lists.grads != nullptr && !loose) tensors[i].grad = (*lists.grads)[i].data_ptr();
-        if (!lists.copies.empty()) tensors[i].copy = lists.copies[i].data_ptr();
-        for (int k = 0; k < lists.num_states(); ++k) tensors[i].states[k] = lists.states[k].list[i].data_ptr();
+        tensors[i] = {lists.params[i].data, nullptr, {}, nullptr};
+        if (!lists.grads.empty() && !lists.loose) tensors[i].grad = lists.grads[i].data;
+        if (!lists.copies.empty()) tensors[i].copy = lists.copies[i].data;
+        for (int k = 0; k < num_states; ++k) tensors[i].states[k] = lists.states[k][i].data;
     }
     return tensors;
 }
 
-struct Walked {  // one of the memories that a parameter's update walks, and the bytes of an element
+struct Walk {  // of one parameter's update through one of its memories
     const char* name;
-    const void* memory;
-    int64_t size;
+    Range memory;
 };
 
+struct Walks {
+    Walk each[3 + kMaxStates];
+    int count = 0;
+
+    void add(const char* name, const void* memory, int64_t nbytes) {
+        if (memory != nullptr && nbytes > 0) each[count++] = {name, range_at(memory, nbytes)};
+    }
+};
+
+// Through all that a parameter's update walks together: not its gradient where that lies apart.
+inline Walks walks_of(const CheckedUpdate& lists, size_t index, const UpdateTensor& tensor, const UpdateArgs& args) {
+    const int64_t numel = lists.params[index].numel;
+    Walks walks;
+    walks.add("params", tensor.param, numel * bytes_of(args.param_dtype));
+    walks.add("grads", tensor.grad, numel * bytes_of(args.grad_dtype));
+    walks.add("copies", tensor.copy, numel * bytes_of(args.copy_dtype));
+    for (int k = 0; k < args.num_states; ++k)
+        walks.add(lists.states[k].name, tensor.states[k], numel * bytes_of(args.state_dtype));
+    return walks;
+}
+
 // No two of the memories that one parameter's update walks may meet.
-inline void require_apart(const UpdateLists& lists, const std::vector<UpdateTensor>& tensors, const UpdateArgs& args) {
+inline void require_apart(const CheckedUpdate& lists, const std::vector<UpdateTensor>& tensors,
+                          const UpdateArgs& args) {
     for (size_t i = 0; i < tensors.size(); ++i) {
-        const UpdateTensor& tensor = tensors[i];
-        Walked walked[3 + kMaxStates] = {{"params", tensor.param, bytes_of(args.param_dtype)},
-                                         {"grads", tensor.grad, bytes_of(args.grad_dtype)},
-                                         {"copies", tensor.copy, bytes_of(args.copy_dtype)}};
-        int count = 3;
-        for (int k = 0; k < lists.num_states(); ++k)
-            walked[count++] = {lists.states[k].name, tensor.states[k], bytes_of(args.state_dtype)};
-        const int64_t numel = lists.params[i].numel();
-        for (int a = 0; a < count; ++a) {
+        const Walks walks = walks_of(lists, i, tensors[i], args);
+        for (int a = 0; a < walks.count; ++a) {
             for (int b = 0; b < a; ++b) {
-                if (walked[a].memory == nullptr || walked[b].memory == nullptr) continue;
-                const Range memory = range_at(walked[a].memory, numel * walked[a].size);
-                if (!memory.overlaps(range_at(walked[b].memory, numel * walked[b].size))) continue;
-                fail("%s[%zu]: got memory that overlaps %s[%zu], expected memory of its own", walked[a].name, i,
-                     walked[b].name, i);
+                if (!walks.each[a].memory.overlaps(walks.each[b].memory)) continue;
+                fail("%s[%zu]: got memory that overlaps %s[%zu], expected memory of its own", walks.each[a].name, i,
+                     walks.each[b].name, i);
             }
         }
     }
 }
 
-// The addresses for each segment, whose gradient may lie anywhere but in what the update writes.
-inline std::vector<UpdateTensor> tensors_by_segment(const UpdateLists& lists, const std::vector<UpdateTensor>& tensors,
-                                                    const SegmentTable& table, const UpdateArgs& args) {
-    std::vector<Range> written;
-    for (size_t i = 0; i < tensors.size(); ++i) {
-        const int64_t numel = lists.params[i].numel();
-        written.push_back(range_at(tensors[i].param, numel * bytes_of(args.param_dtype)));
-        if (tensors[i].copy != nullptr) written.push_back(range_at(tensors[i].copy, numel * bytes_of(args.copy_dtype)));
-        for (int k = 0; k < lists.num_states(); ++k)
-            written.push_back(range_at(tensors[i].states[k], numel * bytes_of(args.state_dtype)));
+// All that an update writes, in order of address, so that a range is compared with one of them and not with each.
+class Written {
+  public:
+    Written(const CheckedUpdate& lists, const std::vector<UpdateTensor>& tensors, const UpdateArgs& args) {
+        for (size_t i = 0; i < tensors.size(); ++i) {
+            const Walks walks = walks_of(lists, i, tensors[i], args);
+            for (int k = 0; k < walks.count; ++k) ranges_.push_back(walks.each[k].memory);
+        }
+        std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+        for (size_t i = 1; i < ranges_.size(); ++i) {  // from here on `end` is the furthest of all up to there
+            if (ranges_[i].end < ranges_[i - 1].end) ranges_[i].end = ranges_[i - 1].end;
+        }
     }
+
+    bool overlaps(const Range& range) const {
+        const auto after = std::lower_bound(ranges_.begin(), ranges_.end(), range.end,
+                                            [](const Range& each, const char* end) { return each.begin < end; });
+        return range.begin < range.end && after != ranges_.begin() && (after - 1)->end > range.begin;
+    }
+
+  private:
+    std::vector<Range> ranges_;
+};
+
+// The addresses for each segment, whose gradient may lie anywhere but in what the update writes.
+inline std::vector<UpdateTensor> tensors_by_segment(const CheckedUpdate& lists,
+                                                    const std::vector<UpdateTensor>& tensors, const SegmentTable& table,
+                                                    const UpdateArgs& args) {
+    const Written written(lists, tensors, args);
     std::vector<UpdateTensor> found(table.num_rows);
     const int64_t size = bytes_of(args.grad_dtype);
     for (int64_t row = 0; row < table.num_rows; ++row) {
         const Segment& segment = table.rows[row];
-        const Tensor& grad = (*lists.grads)[row];
-        if (grad.numel() != segment.numel) {
+        const Dense& grad = lists.grads[row];
+        if (grad.numel != segment.numel) {
             fail("grads[%lld]: got %lld elements, expected %lld as in segments[%lld]", (long long)row,
-                 (long long)grad.numel(), (long long)segment.numel, (long long)row);
+                 (long long)grad.numel, (long long)segment.numel, (long long)row);
         }
-        const Range memory = range_at(grad.data_ptr(), segment.numel * size);
-        for (const Range& range : written) {
-            if (!memory.overlaps(range)) continue;
+        if (written.overlaps(range_at(grad.data, segment.numel * size))) {
             fail("grads[%lld]: got memory that overlaps what the update writes, expected memory of its own",
                  (long long)row);
         }
         found[row] = tensors[segment.tensor];
-        found[row].grad = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(memory.begin) -
+        found[row].grad = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(grad.data) -
                                                         static_cast<uintptr_t>(segment.begin * size));
     }
     return found;
 }
 
 // Where parameters are rounded at random: from what.
-inline void set_origins(const UpdateLists& lists, const UpdateTables& tables, Device device, UpdateArgs& args) {
-    if (!lists.params.empty() && args.param_dtype != DType::bf16) {
-        fail("params: got %s, expected bfloat16, the one that is rounded at random",
-             dtype_name(lists.params[0].scalar_type()));
+inline void set_origins(const CheckedList& params, const UpdateTables& tables, Device device, UpdateArgs& args) {
+    if (!params.empty() && args.param_dtype != DType::bf16) {
+        fail("params: got %s, expected bfloat16, the one that is rounded at random", dtype_name(params.dtype));
     }
     const int64_t rows = args.num_segments;
     args.origins = table_of<const int64_t>("origins", *tables.origins, ScalarType::Long, {rows, 2}, device);
@@ -173,42 +222,49 @@ inline void set_origins(const UpdateLists& lists, const UpdateTables& tables, De
     }
 }
 
-// columns: of a hyperparameter row; scalars_size: bytes of what a segment's scalars take.
-inline UpdateCall update_call(const UpdateLists& lists, const UpdateTables& tables, int64_t columns,
-                              int64_t scalars_size, Device device) {
-    const bool loose = has_loose_grads(lists, tables.segments.dim() == 2 ? tables.segments.size(0) : 0);
-    require_update_lists(lists, loose, device);
-    const int64_t num_hyper_rows = tables.hyper.dim() == 2 ? tables.hyper.size(0) : 0;
-    const double* hyper =
-        table_of<const double>("hyper", tables.hyper, ScalarType::Double, {num_hyper_rows, columns}, device);
-    const SegmentTable table =
-        segment_table(tables.segments, tables.chunk_offsets, num_hyper_rows, lists.params, device);
-    const int64_t rows = table.num_rows;
-
-    UpdateCall call{update_tensors(lists, loose), Scratch(rows * scalars_size, device), {}, table.num_chunks};
-    UpdateArgs& args = call.args;
-    args.param_dtype = float_dtype("params", lists.params);
-    args.grad_dtype = lists.grads == nullptr ? DType::none : float_dtype("grads", *lists.grads);
-    args.state_dtype = lists.states.empty() ? DType::f32 : float_dtype(lists.states[0].name, lists.states[0].list);
-    args.copy_dtype = lists.copies.empty() ? DType::none : float_dtype("copies", lists.copies);
-    require_apart(lists, call.tensors, args);
-    args.num_tensors = static_cast<int64_t>(call.tensors.size());
-    args.by_segment = loose;
-    if (loose) call.tensors = tensors_by_segment(lists, call.tensors, table, args);
-    args.tensors = call.tensors.data();
-    args.chunk_offsets = table.chunk_offsets;
-    args.segments = table.rows;
-    args.num_segments = rows;
-    args.hyper = hyper;
+inline void set_tables(const UpdateTables& tables, Device device, UpdateArgs& args) {
+    const int64_t rows = args.num_segments;
     args.steps = table_of<float>("steps", tables.steps, ScalarType::Float, {rows}, device);
     args.active = table_of<const uint8_t>("active", tables.active, ScalarType::Byte, {rows}, device);
     if (tables.grad_scale != nullptr) {
         args.grad_scale = table_of<const float>("grad_scale", *tables.grad_scale, ScalarType::Float, {1}, device);
     }
     args.skip = table_of<const float>("skip", tables.skip, ScalarType::Float, {1}, device);
+}
+
+inline int64_t rows_of(const Tensor& table) { return table.dim() == 2 ? table.sizes()[0] : 0; }
+
+// columns: of a hyperparameter row; scalars_size: bytes of what a segment's scalars take.
+inline UpdateCall update_call(const UpdateLists& given, const UpdateTables& tables, int64_t columns,
+                              int64_t scalars_size, Device device) {
+    const CheckedUpdate lists = checked_update(given, rows_of(tables.segments), device);
+    const int64_t num_hyper_rows = rows_of(tables.hyper);
+    const double* hyper =
+        table_of<const double>("hyper", tables.hyper, ScalarType::Double, {num_hyper_rows, columns}, device);
+    const SegmentTable table =
+        segment_table(tables.segments, tables.chunk_offsets, num_hyper_rows, lists.params, device);
+    const int64_t rows = table.num_rows;
+
+    UpdateCall call{
+        update_tensors(lists, given.num_states()), Scratch(rows * scalars_size, device), {}, table.num_chunks};
+    UpdateArgs& args = call.args;
+    args.param_dtype = float_dtype(lists.params);
+    args.grad_dtype = given.grads == nullptr ? DType::none : float_dtype(lists.grads);
+    args.state_dtype = lists.states.empty() ? DType::f32 : float_dtype(lists.states[0]);
+    args.copy_dtype = lists.copies.empty() ? DType::none : float_dtype(lists.copies);
+    args.num_states = given.num_states();
+    require_apart(lists, call.tensors, args);
+    args.num_tensors = static_cast<int64_t>(call.tensors.size());
+    args.by_segment = lists.loose;
+    if (lists.loose) call.tensors = tensors_by_segment(lists, call.tensors, table, args);
+    args.tensors = call.tensors.data();
+    args.chunk_offsets = table.chunk_offsets;
+    args.segments = table.rows;
+    args.num_segments = rows;
+    args.hyper = hyper;
+    set_tables(tables, device, args);
     args.scalars = call.scratch.memory();
-    args.num_states = lists.num_states();
-    if (tables.origins != nullptr) set_origins(lists, tables, device, args);
+    if (tables.origins != nullptr) set_origins(lists.params, tables, device, args);
     return call;
 }
 

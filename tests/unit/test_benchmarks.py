@@ -29,7 +29,8 @@ CASES = {
     "loss_scale": {"step"},
     "muon": {"tiny"},
     **{name: {"large", "1000 small", "tiny"} for name in ("adagrad", "lamb", "lion", "sgd")},
-    "flatten": {f"{way} {case}" for way in ("flatten", "unflatten") for case in ("large", "1000 small", "tiny")},
+    "flatten": {f"{way} {case}" for way in ("flatten", "unflatten") for case in ("large", "1000 small", "tiny")}
+    | {"flatten 1000 gradients"},
     "grad_stats": {"large", "1000 small", "tiny"},
 }
 
