@@ -5,8 +5,10 @@ Knows nothing of formulas or engines. Any strides, any mix of dtypes and devices
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,26 +19,36 @@ from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
 
 _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 _Kind = tuple[torch.device, torch.dtype, torch.dtype, str]
-_Member = tuple[torch.Tensor, int]  # parameter, index of its group
+
+
+@dataclass
+class _Members:
+    """Parameters of one kind, their gradients, and the index of each one's group."""
+
+    params: list[torch.Tensor] = field(default_factory=list)
+    grads: list[torch.Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
 
 
 class _Cached:
     """A batch, whom it is for, and the state that it was made from."""
 
-    def __init__(self, members: list[_Member], batch: SegmentBatch, state: Mapping[torch.Tensor, Any]) -> None:
+    def __init__(self, members: _Members, batch: SegmentBatch, state: Mapping[torch.Tensor, Any]) -> None:
         self.batch = batch
-        self._params, self._groups = [param for param, _ in members], [index for _, index in members]
+        self._params, self._groups = members.params, members.groups
         self._entries = [state[param] for param in self._params]
         self._held = {"step": [entry["step"] for entry in self._entries], **batch.states}
 
-    def fits(self, members: list[_Member], state: Mapping[torch.Tensor, Any]) -> bool:
+    def fits(self, members: _Members, state: Mapping[torch.Tensor, Any]) -> bool:
         """Whether it is for these, and nobody replaced the state: another batch may have taken a parameter over."""
-        if not _identical([param for param, _ in members], self._params) or self._groups != [i for _, i in members]:
+        if not _identical(members.params, self._params) or self._groups != members.groups:
             return False
         kept = _identical(state.values(), self._entries)  # without a look-up each, where these are all that have state
         if not kept and not _identical([state[param] for param in self._params], self._entries):
             return False
-        return all(_identical([entry.get(name) for entry in self._entries], held) for name, held in self._held.items())
+        return all(
+            _identical(map(dict.get, self._entries, itertools.repeat(name)), held) for name, held in self._held.items()
+        )
 
 
 class PlainBatches:
@@ -59,19 +71,23 @@ class PlainBatches:
         self, param_groups: Sequence[Mapping[str, Any]], state: dict[torch.Tensor, Any]
     ) -> Iterator[tuple[SegmentBatch, Callable[[], None]]]:
         """Yield each batch with a call that writes copies of gapped parameters back after the launch."""
-        members: dict[_Kind, list[_Member]] = {}
+        members: dict[_Kind, _Members] = {}
         for index, group in enumerate(param_groups):
-            family, chosen = self._family(group), [param for param in group["params"] if param.grad is not None]
-            kinds = {(param.device, param.dtype, param.grad.dtype, param.grad.layout) for param in chosen}
-            for run in [chosen] if len(kinds) == 1 else [[param] for param in chosen]:
-                kind = (run[0].device, run[0].dtype, _gradient_dtype(run[0]), family)
-                members.setdefault(kind, []).extend((param, index) for param in run)
+            family = self._family(group)
+            chosen = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
+            kinds = {(param.device, param.dtype, grad.dtype, grad.layout) for param, grad in chosen}
+            for run in [chosen] if len(kinds) == 1 else [[pair] for pair in chosen]:
+                first, grad = run[0]
+                kind = (first.device, first.dtype, _gradient_dtype(first, grad), family)
+                alike = members.setdefault(kind, _Members())
+                alike.params.extend(param for param, _ in run)
+                alike.grads.extend(grad for _, grad in run)
+                alike.groups.extend(itertools.repeat(index, len(run)))
         for kind, alike in members.items():
             batch = self._batch(kind, alike, param_groups, state)
-            weights = [param for param, _ in alike]
-            grads = [grad for weight in weights if (grad := weight.grad) is not None]
+            weights, grads = alike.params, alike.grads
             gapped: list[tuple[torch.Tensor, torch.Tensor]] = []
-            if not all(tensor.is_contiguous() for tensor in (*weights, *grads)):
+            if not all(map(torch.Tensor.is_contiguous, itertools.chain(weights, grads))):
                 dense = [weight if _dense(weight) else weight.contiguous() for weight in weights]
                 gapped = [(weight, copy) for weight, copy in zip(weights, dense, strict=True) if weight is not copy]
                 grads = [_in_order_of(grad, weight) for grad, weight in zip(grads, dense, strict=True)]
@@ -83,35 +99,40 @@ class PlainBatches:
     def _batch(
         self,
         kind: _Kind,
-        chosen: list[_Member],
+        members: _Members,
         param_groups: Sequence[Mapping[str, Any]],
         state: dict[torch.Tensor, Any],
     ) -> SegmentBatch:
         cached = self._cache.get(kind)
-        if cached is not None and cached.fits(chosen, state):
+        if cached is not None and cached.fits(members, state):
             return cached.batch
         names = self._state_names(kind[3])
-        for param, index in chosen:
+        for param, index in zip(members.params, members.groups, strict=True):
             if not state[param]:
                 state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 for name in names:
                     state[param][name] = _like(param, self._state_dtype).fill_(self._initial(name, param_groups[index]))
         called = _names(param_groups)
-        segments = [Segment(called[param], i, 0, param.numel(), group) for i, (param, group) in enumerate(chosen)]
+        segments = [
+            Segment(called[param], place, 0, param.numel(), group)
+            for place, (param, group) in enumerate(zip(members.params, members.groups, strict=True))
+        ]
         batch = SegmentBatch(
             params=[],
             grads=[],
             copies=[],
-            table=SegmentTable(segments, len(chosen), kind[0]),
-            steps=torch.stack([state[param]["step"].to(kind[0], torch.float32).reshape(()) for param, _ in chosen]),
-            active=torch.ones(len(chosen), dtype=torch.uint8, device=kind[0]),
+            table=SegmentTable(segments, len(segments), kind[0]),
+            steps=torch.stack(
+                [state[param]["step"].to(kind[0], torch.float32).reshape(()) for param in members.params]
+            ),
+            active=torch.ones(len(segments), dtype=torch.uint8, device=kind[0]),
             family=kind[3],
         )
-        for index, (param, _) in enumerate(chosen):
+        for index, param in enumerate(members.params):
             state[param]["step"] = batch.steps[index]
         for name in names:
-            batch.states[name] = [self._own_state(state[param], name, param) for param, _ in chosen]
-        self._cache[kind] = _Cached(chosen, batch, state)
+            batch.states[name] = [self._own_state(state[param], name, param) for param in members.params]
+        self._cache[kind] = _Cached(members, batch, state)
         return batch
 
     def _own_state(self, state: dict[str, Any], name: str, param: torch.Tensor) -> torch.Tensor:
@@ -148,9 +169,7 @@ def _identical(left: Iterable[Any], right: Sequence[Any]) -> bool:
     return len(found) == len(right) and all(map(operator.is_, found, right))
 
 
-def _gradient_dtype(param: torch.Tensor) -> torch.dtype:
-    grad = param.grad
-    assert grad is not None
+def _gradient_dtype(param: torch.Tensor, grad: torch.Tensor) -> torch.dtype:
     if param.dtype not in _TRAINABLE or grad.dtype not in _TRAINABLE or grad.layout is not torch.strided:
         raise UsageError(
             "a fused optimizer was given a parameter or gradient that it cannot update",
