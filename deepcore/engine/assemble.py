@@ -195,7 +195,8 @@ def bind_optimizer(parts: Parts, full_step: Callable[[], None], *, replicate: bo
         name: param for group in strategy.arena.groups for name, param in zip(group.names, group.params, strict=True)
     }
     rules = optimizer.rules(params, strategy.arena.forms)
-    arena, agree = place_updates(strategy, axis, rules, replicate=replicate)
+    at_once = isinstance(optimizer, ClientOptimizer)
+    arena, agree = place_updates(strategy, axis, rules, replicate=replicate, at_once=at_once)
     if parts.shards is not None:
         agree = over_parts(agree, parts.shards.axis, count_once(strategy.arena, parts.shards))
     put_together(optimizer, parts.shards, {param: name for name, param in params.items()})

@@ -57,9 +57,19 @@ def _packed(slices: Slices) -> tuple[list[torch.Tensor], list[int], torch.Tensor
     return tensors, splits, starts
 
 
-def run(exchanges: Sequence[Exchange]) -> None:
-    """Launch all, then complete all."""
+def launch(exchanges: Sequence[Exchange]) -> None:
+    """Begin all of them."""
     for exchange in exchanges:
         exchange.launch()
+
+
+def finish(exchanges: Sequence[Exchange]) -> None:
+    """Complete all that were launched."""
     for exchange in exchanges:
         exchange.finish()
+
+
+def run(exchanges: Sequence[Exchange]) -> None:
+    """Launch all, then complete all."""
+    launch(exchanges)
+    finish(exchanges)

@@ -40,9 +40,9 @@ def _distance(param: OwnedParam) -> tuple[int, int, int]:
 
 
 def local_turns(
-    params: Sequence[OwnedParam], rank: int, bound: int, kind: Callable[[OwnedParam], object]
+    params: Sequence[OwnedParam], rank: int, bound: int | None, kind: Callable[[OwnedParam], object]
 ) -> Iterator[list[Run]]:
-    """What ``rank`` updates by itself, of one kind and at most ``bound`` elements at a time.
+    """What ``rank`` updates by itself, of one kind and at most ``bound`` elements at a time; None: all of a kind.
 
     What need not be whole is cut where it is larger; what must be and is larger is alone.
     """
@@ -52,7 +52,7 @@ def local_turns(
     for runs in kinds.values():
         turn, load = list[Run](), 0
         for param, cut in runs:
-            if turn and load + cut.numel > bound:
+            if turn and bound is not None and load + cut.numel > bound:
                 yield turn
                 turn, load = [], 0
             turn.append((param, cut))
@@ -60,12 +60,12 @@ def local_turns(
         yield turn
 
 
-def _local(params: Sequence[OwnedParam], rank: int, bound: int) -> Iterator[Run]:
+def _local(params: Sequence[OwnedParam], rank: int, bound: int | None) -> Iterator[Run]:
     for param in params:
         cut = param.cuts.of(rank)
         if cut is None or param.travels:
             continue
-        step = cut.numel if param.rule.whole else bound
+        step = cut.numel if param.rule.whole or bound is None else bound
         for low in range(0, cut.numel, step):
             numel = min(step, cut.numel - low)
             yield param, Cut(rank, cut.in_shard + low, cut.in_slot + low, numel)

@@ -10,17 +10,16 @@ from collections.abc import Mapping
 from deepcore.comm.mesh import Axis
 from deepcore.errors import ConfigError
 from deepcore.optim.segment_optimizer import Agree, alone
-from deepcore.sharding.filed import FiledArena
 from deepcore.sharding.placement import UpdateRule
 from deepcore.sharding.update_arena import UpdateArena
 from deepcore.zero.replicated import ReplicatedArena
 from deepcore.zero.strategy import ZeroStrategy
+from deepcore.zero.turned import TurnedArena
 from deepcore.zero.whole import WholeArena
-from deepcore.zero.whole_filed import FiledWholeArena
 
 
 def place_updates(
-    strategy: ZeroStrategy, axis: Axis, rules: Mapping[str, UpdateRule], *, replicate: bool
+    strategy: ZeroStrategy, axis: Axis, rules: Mapping[str, UpdateRule], *, replicate: bool, at_once: bool
 ) -> tuple[UpdateArena, Agree]:
     """The arena to bind the optimizer to, and what completes sums over its parameters.
 
@@ -29,18 +28,19 @@ def place_updates(
         axis: over which they are cut.
         rules: what the optimizer asks for, per parameter name.
         replicate: every rank is to update everything.
+        at_once: in memory, the update sees all batches together, and not one after the other.
     """
     base = strategy.arena
     if base.is_filed and replicate:
         raise _needs_memory()
     if replicate and not base.is_whole:
         return ReplicatedArena(base, axis, rules), alone
-    if isinstance(base, FiledArena) and any(rule.whole or rule.family for rule in rules.values()):
-        return FiledWholeArena(base, axis, rules), strategy.agree
+    whole = any(rule.whole for rule in rules.values())
     one_kind = all(not rule.family for rule in rules.values())
-    if one_kind and (base.is_whole or not any(rule.whole for rule in rules.values())):
+    if one_kind and (not whole or (base.is_whole and not base.is_filed)):  # tiles of a file may cut parameters
         return base, strategy.agree
-    return WholeArena(base, axis, rules), strategy.agree
+    make = WholeArena if at_once and not base.is_filed else TurnedArena
+    return make(base, axis, rules), strategy.agree
 
 
 def _needs_memory() -> ConfigError:

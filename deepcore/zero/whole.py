@@ -1,6 +1,7 @@
-"""Owns updates of whole parameters where shards cut them: who makes each, what travels there, what comes back.
+"""Owns updates of whole parameters, all at once, where shards cut them: what travels to who makes each, and back.
 
-Knows nothing of formulas: an optimizer says which parameters it needs whole, and sees pieces.
+Knows nothing of formulas: an optimizer says which parameters it needs whole, and sees pieces. ``turned.py`` has the
+same in turns, for those that can do with some parameters at a time.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ import torch
 
 import deepcore
 from deepcore.errors import UsageError
+from deepcore.zero import turned
 from tests.dist.pool import RankFailedError, run_ranks
+from tests.parity.journey import beside
 from tests.parity.lumpy import build_few, build_many, lumpy_batch
 from tests.parity.model import batch, build
 from tests.parity.optimizers import RECIPES, Batch, Recipe, train_with
@@ -34,6 +36,44 @@ def test_large_tiny_and_empty_parameters(recipe: str, make: Make, stage: int) ->
     for result in results:
         difference, name = worst_difference(result["weights"], expected)
         assert difference <= (1e-4 if recipe == "muon" else 1e-6), f"{name} differs by {difference}"
+
+
+def in_turns_of(numel: int, *args: Any) -> tuple[dict[str, Any], int]:
+    """``train_with`` in turns of at most so many elements, and how many turns there were."""
+    counts: list[int] = []
+    division, earlier = turned.travelling_turns, turned.TURN_NUMEL
+
+    def counting(*given: Any) -> list[Any]:
+        turns = list(division(*given))
+        counts.append(len(turns))
+        return turns
+
+    turned.TURN_NUMEL, turned.travelling_turns = numel, counting
+    try:
+        return train_with(*args), counts[-1]
+    finally:
+        turned.TURN_NUMEL, turned.travelling_turns = earlier, division
+
+
+@pytest.mark.parametrize(
+    ("case", "zero"),
+    [
+        (Case(world=3, stage=1, clip=0.3, steps=4), {}),
+        (Case(world=2, stage=3, bf16=True, accumulation=3, steps=4), {"stage3_param_persistence_threshold": 100}),
+        (Case(world=3, stage=2, fp16=True, steps=6), {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 64}),
+    ],
+    ids=["fp32", "bf16", "offloaded"],
+)
+def test_turns_change_no_number(case: Case, zero: dict[str, Any]) -> None:
+    args = (case, RECIPES["muon"], zero)
+    (one, single), *_ = run_ranks(case.world, beside, in_turns_of, 10**6, *args)
+    several = run_ranks(case.world, beside, in_turns_of, 50, *args, hostile=True)
+    assert single == 1
+    for other, turns in several:
+        assert turns >= 2
+        assert other["applied"] == one["applied"]
+        for name, value in one["weights"].items():
+            assert torch.equal(other["weights"][name], value), name
 
 
 @pytest.mark.parametrize("stage", [0, 2])

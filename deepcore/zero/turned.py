@@ -1,25 +1,28 @@
-"""Owns updates of whole parameters whose masters and state live in files: a few parameters at a time, on every rank.
+"""Owns updates of whole parameters in turns: a bounded number of them at a time, the same on every rank.
 
 Knows nothing of formulas. What ``whole.py`` says of owners and travel holds here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from deepcore.comm.mesh import Axis
+from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.file_store import FileColumn, Ticket, aligned_buffer
 from deepcore.sharding.filed import FiledArena
 from deepcore.sharding.pieces import Piece, PieceArena
 from deepcore.sharding.placement import Cut, UpdateRule
 from deepcore.sharding.segments import Segment, SegmentBatch
-from deepcore.zero.exchange import Exchange, run
+from deepcore.zero.exchange import Exchange, finish, launch, run
 from deepcore.zero.ownership import OwnedParam, Side, Travel, owned_params
 from deepcore.zero.turns import Run, local_turns, travelling_turns
 
+TURN_NUMEL = 1 << 23  # elements: 32 MB of fp32, enough for a bus and for products of matrices that are put together
 ALIGN_NUMEL = 4096  # elements: so that a batch's state may bypass the page cache whatever its dtype
 
 
@@ -47,31 +50,36 @@ class _Turn:
     arrivals: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # low-precision copy, master
 
 
-class FiledWholeArena(PieceArena):
-    """Whole parameters of a ``FiledArena``, in turns of about ``homes.tile_numel`` elements per rank.
+class TurnedArena(PieceArena):
+    """Whole parameters of a ``ShardArena``, updated in turns.
 
-    First come the turns of parameters that travel, the same number on every rank: parts of masters are read where
-    they are kept, go to the owners together with gradients, and come back after the update. Then each rank updates
-    by itself what lies in its own shard. While one turn is updated, what the next ones need is read and the last
-    ones are written, so ``visit`` is collective, and memory holds a ring of turns and the guests of one.
-    A parameter larger than a turn has one of its own; what need not be whole is cut.
+    First come the turns of parameters that travel, the same number on every rank: parts of masters and gradients go
+    to the owners, and new masters come back. Then each rank updates by itself what lies in its own shard. ``visit``
+    is collective. While one turn is updated, what the next one needs travels; so memory holds the guests of two.
+
+    Of a ``FiledArena``, whose masters and state are in a file, turns are of about ``homes.tile_numel`` elements and
+    pass through a ring: what the next ones need is read and the last ones are written; travel waits for that. What
+    need not be whole is cut. A parameter that is larger than a turn has one of its own.
     """
 
-    def __init__(self, base: FiledArena, axis: Axis, rules: Mapping[str, UpdateRule]) -> None:
+    def __init__(self, base: ShardArena, axis: Axis, rules: Mapping[str, UpdateRule]) -> None:
         super().__init__(base, is_whole=base.is_whole)
-        self._filed, self.store = base, base.store
+        self._filed = base if isinstance(base, FiledArena) else None
+        self.store = None if self._filed is None else self._filed.store
         self._axis = axis
         self._rank, self._size = (0, 1) if base.is_whole else (axis.rank, axis.size)
-        self._states: dict[int, dict[str, _Span]] = {}  # by the batch's id and the state's name
-        params = owned_params(base, rules, self._size)
-        bound = base.homes.tile_numel
-        whole = [base.forms[param.name].numel for param in params if param.rule.whole]
-        self._memory = _Memory(max([bound, *whole]))
+        self._states: dict[int, dict[str, _Span]] = {}  # in files: by the batch's id and the state's name
         self._turns: list[_Turn] = []
-        for travelling in travelling_turns(params, bound):
-            self._turns.append(self._travelling(travelling))
-        for alike in local_turns(params, self._rank, bound, self._kind):
-            self._turns.append(self._local(alike))
+        params = owned_params(base, rules, self._size)
+        bound = TURN_NUMEL if self._filed is None else self._filed.homes.tile_numel
+        away = list(travelling_turns(params, bound))
+        self._guests = _Memory(self.home, max((self._numel_for_others(turn) for turn in away), default=0))
+        whole = [base.forms[param.name].numel for param in params if param.rule.whole]
+        self._ring = _Memory(self.home, 0 if self._filed is None else max([bound, *whole]))
+        for turn in away:
+            self._turns.append(self._travelling(turn))
+        for runs in local_turns(params, self._rank, None if self._filed is None else bound, self._kind):
+            self._turns.append(self._local(runs))
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -81,12 +89,13 @@ class FiledWholeArena(PieceArena):
         dtypes = base.masters[param.group].dtype, base.grads[param.group].dtype
         return param.rule.family, *dtypes, None if copy is None else copy.dtype
 
-    def _place(self) -> int:
-        return len(self._turns) % self._filed.homes.num_buffers
+    def _numel_for_others(self, params: Sequence[OwnedParam]) -> int:
+        return sum(self.base.forms[param.name].numel for param in params if param.owner == self._rank)
 
     def _travelling(self, params: Sequence[OwnedParam]) -> _Turn:
-        base, turn = self.base, _Turn()
-        self._memory.begin()
+        base, turn, place = self.base, _Turn(), len(self._turns) % (2 if self._filed is None else 1)
+        self._guests.begin()
+        self._ring.begin()
         home: dict[int, torch.Tensor] = {}
         guests, gradients = dict[int, torch.Tensor](), dict[int, torch.Tensor]()
         grads_at_home, pieces = dict[int, torch.Tensor](), list[Piece]()
@@ -100,8 +109,8 @@ class FiledWholeArena(PieceArena):
                 if copy is not None:
                     turn.arrivals.append((copy, home[param.index]))
             if param.owner == self._rank:
-                guests[param.index] = self._memory.take("guest", master.dtype, form.numel)
-                gradients[param.index] = self._memory.take("gradient", grad.dtype, form.numel)
+                guests[param.index] = self._guests.take(f"master {place}", master.dtype, form.numel)
+                gradients[param.index] = self._guests.take(f"gradient {place}", grad.dtype, form.numel)
                 whole, gradient = (one[param.index].as_strided(form.shape, form.stride) for one in (guests, gradients))
                 pieces.append(Piece(param.index, 0, param.rule.family, whole, gradient, None))
         turn.batches = self.add(pieces)
@@ -115,7 +124,7 @@ class FiledWholeArena(PieceArena):
 
     def _local(self, runs: Sequence[Run]) -> _Turn:
         base, turn, pieces = self.base, _Turn(), list[Piece]()
-        self._memory.begin()
+        self._ring.begin()
         for param, cut in runs:
             form, grad = base.forms[param.name], base.grads[param.group]
             shape, stride = (form.shape, form.stride) if param.rule.whole else ((cut.numel,), (1,))
@@ -129,23 +138,30 @@ class FiledWholeArena(PieceArena):
 
     def _master(self, turn: _Turn, param: OwnedParam, cut: Cut) -> torch.Tensor:
         """This rank's part of a master: where it is in memory, or the place in the ring through which it passes."""
-        column = self._filed.master_column(param.group)
+        column = None if self._filed is None else self._filed.master_column(param.group)
         if column is None:
             return self.base.masters[param.group][cut.in_shard : cut.in_shard + cut.numel]
-        memory = self._memory.take(f"master {self._place()}", column.dtype, cut.numel)
-        turn.weights.append(_Span(column, cut.in_shard, memory))
-        return memory
+        return self._passing(turn, "master", column, cut)
 
     def _copy(self, turn: _Turn, param: OwnedParam, cut: Cut) -> torch.Tensor | None:
         """Likewise of its low-precision copy, if there is one."""
-        column, copy = self._filed.copy_column(param.group), self.base.copies[param.group]
+        column = None if self._filed is None else self._filed.copy_column(param.group)
+        copy = self.base.copies[param.group]
         if column is None:
             return None if copy is None else copy[cut.in_shard : cut.in_shard + cut.numel]
-        memory = self._memory.take(f"copy {self._place()}", column.dtype, cut.numel)
+        return self._passing(turn, "copy", column, cut)
+
+    def _passing(self, turn: _Turn, what: str, column: FileColumn, cut: Cut) -> torch.Tensor:
+        assert self._filed is not None
+        place = len(self._turns) % self._filed.homes.num_buffers
+        memory = self._ring.take(f"{what} {place}", column.dtype, cut.numel)
         turn.weights.append(_Span(column, cut.in_shard, memory))
         return memory
 
     def allocate_state(self, names: Sequence[str], family: str = "", dtype: torch.dtype = torch.float32) -> None:
+        if self._filed is None:
+            super().allocate_state(names, family, dtype)
+            return
         places = [
             (number % self._filed.homes.num_buffers, index, batch)
             for number, turn in enumerate(self._turns)
@@ -156,15 +172,15 @@ class FiledWholeArena(PieceArena):
         for name in names:
             column, low = self._filed.store.column(sum(sizes), dtype), 0
             for (place, index, batch), size in zip(mine, sizes, strict=True):
-                self._memory.begin()
-                memory = self._memory.take(f"{name} {place} {index}", dtype, size)
+                self._ring.begin()
+                memory = self._ring.take(f"{name} {place} {index}", dtype, size)
                 self._states.setdefault(id(batch), {})[name] = _Span(column, low, memory)
                 batch.states[name] = _like(batch.params, memory)
                 low += size
 
     @property
     def guest_nbytes(self) -> int:
-        return self._memory.nbytes("guest") + self._memory.nbytes("gradient")
+        return self._guests.nbytes
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -176,20 +192,26 @@ class FiledWholeArena(PieceArena):
         self.base.send()
 
     def visit(self, *, states: bool = True, weights: bool = True, loose: bool = False) -> Iterator[SegmentBatch]:
-        def read(number: int) -> list[Ticket]:
-            return self._begin(number, writes=False)
-
-        def write(number: int) -> list[Ticket]:
-            return self._begin(number, writes=True, states=states, weights=weights)
-
-        for number in self._filed.passing(len(self._turns), read, write):
+        for number in self._passage(states, weights):
             turn = self._turns[number]
-            run(turn.inward)
+            if self._filed is not None or number == 0:
+                launch(turn.inward)
+            finish(turn.inward)
+            if self._filed is None and number + 1 < len(self._turns):
+                launch(self._turns[number + 1].inward)
             yield from turn.batches
             if weights:
                 run(turn.outward)
                 for copy, master in turn.arrivals:
                     copy.copy_(master)
+
+    def _passage(self, states: bool, weights: bool) -> Iterable[int]:
+        """The numbers of all turns, each with its content in memory until the next is asked for."""
+        if self._filed is None:
+            return range(len(self._turns))
+        read = partial(self._begin, writes=False)
+        write = partial(self._begin, writes=True, states=states, weights=weights)
+        return self._filed.passing(len(self._turns), read, write)
 
     def _begin(self, number: int, *, writes: bool, states: bool = True, weights: bool = True) -> list[Ticket]:
         turn = self._turns[number]
@@ -199,11 +221,16 @@ class FiledWholeArena(PieceArena):
         return [span.begin(writes=writes) for span in spans]
 
     def state_run(self, batch: SegmentBatch, name: str, segment: Segment, low: int, high: int) -> torch.Tensor:
+        if self._filed is None:
+            return super().state_run(batch, name, segment, low, high)
         self._filed.require_whole()
         column, begin = self._state_of(batch, name, segment)
         return column.read(begin + low, begin + high)
 
     def store_state(self, batch: SegmentBatch, name: str, segment: Segment, values: torch.Tensor) -> None:
+        if self._filed is None:
+            super().store_state(batch, name, segment, values)
+            return
         self._filed.require_whole()
         column, begin = self._state_of(batch, name, segment)
         column.write(begin, values)
@@ -217,14 +244,16 @@ class FiledWholeArena(PieceArena):
         super().release()
         self._turns.clear()
         self._states.clear()
-        self._memory.clear()
+        self._guests.clear()
+        self._ring.clear()
 
 
 class _Memory:
-    """Memory by purpose, which turns share one after the other; pages that nothing touches cost nothing."""
+    """Memory by purpose, which turns share one after the other; on a CPU pages that nothing touches cost nothing."""
 
-    def __init__(self, numel: int) -> None:
-        self._numel = _padded(numel)
+    def __init__(self, device: torch.device, numel: int) -> None:
+        """``numel``: the most that one turn takes for one purpose."""
+        self._device, self._numel = device, _padded(numel)
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._taken: dict[tuple[str, torch.dtype], int] = {}
         self._most: dict[tuple[str, torch.dtype], int] = {}
@@ -236,16 +265,22 @@ class _Memory:
     def take(self, purpose: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
         key = purpose, dtype
         if key not in self._buffers:
-            self._buffers[key] = aligned_buffer(self._numel, dtype)
+            on_host = self._device.type == "cpu"
+            self._buffers[key] = (
+                aligned_buffer(self._numel, dtype)
+                if on_host
+                else torch.empty(self._numel, dtype=dtype, device=self._device)
+            )
         low = self._taken.get(key, 0)
         self._taken[key] = low + numel
         self._most[key] = max(self._most.get(key, 0), low + numel)
         assert low + numel <= self._numel, (purpose, low, numel, self._numel)
         return self._buffers[key][low : low + numel]
 
-    def nbytes(self, purpose: str) -> int:
-        """Bytes that the largest turn uses for a purpose."""
-        return sum(numel * dtype.itemsize for (name, dtype), numel in self._most.items() if name == purpose)
+    @property
+    def nbytes(self) -> int:
+        """Bytes that turns touch."""
+        return sum(numel * dtype.itemsize for (_, dtype), numel in self._most.items())
 
     def clear(self) -> None:
         self._buffers.clear()
