@@ -6,6 +6,7 @@ Knows nothing of formulas: the optimizer says which keys it keeps, or takes what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from deepcore.checkpoint.reader import Reader
 from deepcore.engine.contents import all_held, param_form, updated
 from deepcore.errors import CheckpointError
 from deepcore.optim.client import ClientOptimizer
-from deepcore.sharding.deferred import Deferred
+from deepcore.sharding.deferred import Deferred, without_content
 from deepcore.zero.holdings import Held
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ _ADAMS = {"FusedAdam", "Adam", "AdamW"}  # keep the same state under the same ke
 
 
 class OptimizerRestorer:
-    """Finds the state of every parameter that is updated here; changes nothing before ``finish``.
+    """Finds the state of every parameter that is updated here; changes nothing before ``begin``.
 
     Attributes:
-        targets: what has to be read between the two.
+        targets: what has to be read between ``begin`` and ``finish``.
     """
 
     def __init__(self, engine: Persistent, reader: Reader, renamed: Mapping[str, str]) -> None:
@@ -44,6 +45,7 @@ class OptimizerRestorer:
         self._numbers: list[tuple[torch.Tensor, str, Any]] = []
         self._forgotten: list[torch.Tensor] = []
         self._fresh: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        self._filed: list[tuple[torch.Tensor, dict[str, Any]]] = []
         if isinstance(self._optimizer, ClientOptimizer):
             self._require_kind()
         saved: dict[str, dict[str, Any]] = {}
@@ -134,7 +136,33 @@ class OptimizerRestorer:
             return value
 
         decoder = Decoder(fetch, allow_pickle=self._allow_pickle)
-        self._fresh.append((held.param, {key: decoder.decode(entry) for key, entry in entries.items()}))
+        first = len(self.targets)
+        state = {key: decoder.decode(entry) for key, entry in entries.items()}
+        if held.holdings.strategy.arena.is_filed:
+            self._defer(held.param, state, entries, first)
+            self._filed.append((held.param, state))
+        else:
+            self._fresh.append((held.param, state))
+
+    def _defer(self, param: torch.Tensor, state: dict[str, Any], entries: Entries, first: int) -> None:
+        """Let tensors that go to a file have no memory before they are read: their targets are those from ``first``."""
+        optimizer = self._optimizer
+        assert isinstance(optimizer, ClientOptimizer)
+        tensors = ((key, entry) for key, entry in entries.items() if isinstance(entry, dict))
+        key_of = {entry["v"]: key for key, entry in tensors if entry.get("$") == "tensor"}
+        for number in range(first, len(self.targets)):
+            target = self.targets[number]
+            key = key_of.get(target.name)
+            if key is not None and state[key].ndim and state[key].numel():
+                value = state[key]
+                state[key] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                like, keep = without_content(value.numel(), value.dtype), partial(optimizer.store_state, param, key)
+                self.targets[number] = replace(target, values=Deferred(like, _to_be_loaded), keep=keep)
+
+    def begin(self) -> None:
+        """Make room for what is read into files; the targets are about to be."""
+        for param, state in self._filed:
+            self._optimizer.put_state(param, state)
 
     def finish(self) -> None:
         """Put everything in its place; the targets have been read."""
@@ -156,6 +184,10 @@ class OptimizerRestorer:
             expected=f"{', '.join(have)}, as {type(self._optimizer).__name__} keeps",
             do="use the optimizer that it was saved with, or pass load_optimizer_states=False",
         )
+
+
+def _to_be_loaded(low: int, high: int) -> torch.Tensor:
+    raise AssertionError("this is a target, and has nothing to read yet")
 
 
 def require_groups(engine: Persistent, saved: Sequence[Mapping[str, Any]]) -> None:

@@ -233,6 +233,8 @@ class _Restorer:
             self._plain = decoder.decode(wanted)
             self._require_kinds()
         plain = (_target(self._reader, name, flat) for name, flat in self._decoded.items())
+        if self._optimizer is not None:
+            self._optimizer.begin()
         lines = lines_of(f"loading {self._reader.path}", speaks=engine.global_rank == 0)
         self._reader.read([*self._targets, *plain], lines)
 

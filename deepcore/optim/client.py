@@ -280,10 +280,18 @@ class ClientOptimizer(Optimizer):
         return self._source_of.get(target, target)
 
     def put_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
-        """Give a parameter that is updated here the state with which its next update begins."""
+        """Give a parameter that is updated here the state with which its next update begins.
+
+        Where state is in a file, tensors of the meta device get their content by ``store_state``.
+        """
         target = self._target_of.get(param, param)
         with self._at_hand([target], keep=True):
             self.client.state[target] = _beside(target, state)
+
+    def store_state(self, param: torch.Tensor, key: str, values: torch.Tensor) -> None:
+        """Write a tensor of a parameter's state that is in a file, given 1-D in memory order."""
+        assert self._turns is not None
+        self._turns.store(self._target_of.get(param, param), key, values)
 
     @property
     def updates_everything(self) -> bool:
@@ -365,7 +373,7 @@ def is_coupled(client: Optimizer) -> bool:
 def _beside(target: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """State from before the engine, where what is updated lives now; numbers and their tensors stay."""
     return {
-        name: value.to(target.device) if isinstance(value, torch.Tensor) and value.ndim else value
+        name: value.to(target.device) if isinstance(value, torch.Tensor) and value.ndim and not value.is_meta else value
         for name, value in state.items()
     }
 

@@ -92,7 +92,10 @@ class ClientPages:
             self._client.state[entry.target][entry.key] = entry.of(page.memory)
 
     def leave(self, number: int) -> None:
-        """Write a page, with whatever the client has made of its state, and take it out of memory."""
+        """Write a page, with whatever the client has made of its state, and take it out of memory.
+
+        A tensor of the meta device gets room, and any content: ``store`` is to follow.
+        """
         page, found, begin = self._pages[number], list[tuple[_Entry, torch.Tensor]](), 0
         for target in page.targets:
             for key, value in self._client.state.get(target, {}).items():
@@ -101,9 +104,10 @@ class ClientPages:
                     found.append((_Entry(target, key, like, begin), value))
                     begin += -(-value.nbytes // _ALIGN) * _ALIGN
         memory = self._fit(page, begin)
-        if any(entry.of(memory).data_ptr() != value.data_ptr() for entry, value in found):
+        known = [(entry, value) for entry, value in found if not value.is_meta]
+        if any(entry.of(memory).data_ptr() != value.data_ptr() for entry, value in known):
             memory = aligned_buffer(memory.numel(), torch.uint8)  # for in place one might overwrite the next
-            for entry, value in found:
+            for entry, value in known:
                 entry.of(memory).copy_(value)
         page.entries = [entry for entry, _ in found]
         self.settle()  # one page at a time is on its way
@@ -147,6 +151,15 @@ class ClientPages:
                 found[entry.key] = Deferred(entry.like, partial(_read, column, entry))
         return found
 
+    def store(self, target: torch.Tensor, key: str, values: torch.Tensor) -> None:
+        """Write a tensor of the file, given 1-D in memory order, of any dtype."""
+        number = self.number_of(target)
+        assert number is not None
+        page = self._pages[number]
+        entry = next(entry for entry in page.entries if entry.target is target and entry.key == key)
+        assert page.column is not None
+        page.column.write(entry.begin, values.to(entry.like.dtype).contiguous().view(torch.uint8))
+
     def settle(self) -> None:
         """Return when all that left is written; StorageError where that failed."""
         tickets, self._leaving = self._leaving, []
@@ -175,7 +188,7 @@ def _can_leave(value: Any) -> bool:
     return (
         type(value) is torch.Tensor
         and value.layout is torch.strided
-        and value.device.type == "cpu"
+        and value.device.type in ("cpu", "meta")
         and value.ndim > 0
         and value.numel() > 0
         and (value.is_contiguous() or is_dense(value.shape, value.stride()))

@@ -69,6 +69,10 @@ class ClientTurns:
         """The state of a parameter, what is in the file of it not read yet."""
         return self._pages.deferred(target)
 
+    def store(self, target: torch.Tensor, key: str, values: torch.Tensor) -> None:
+        """Write a tensor of the state that is in the file, given 1-D in memory order."""
+        self._pages.store(target, key, values)
+
     def all_at_hand(self, *, keep: bool) -> AbstractContextManager[None]:
         """All of it."""
         return self._pages.at_hand(range(len(self._pages)), keep=keep)

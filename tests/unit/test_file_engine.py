@@ -163,10 +163,14 @@ def config(folder: Path | None, **extra: Any) -> dict[str, Any]:
     }
 
 
-def trained(folder: Path | None, width: int = 96) -> tuple[Any, torch.Tensor]:
+def trained(folder: Path | None, width: int = 96, client: bool = False) -> tuple[Any, torch.Tensor]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(4)))
-    engine, *_ = deepcore.initialize(model=model, config=config(folder))
+    settings = config(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2) if client else None
+    if client:
+        del settings["optimizer"]
+    engine, *_ = deepcore.initialize(model=model, optimizer=optimizer, config=settings)
     step(engine, width)
     return engine, torch.cat([param.detach().flatten() for param in model.parameters()])
 
@@ -296,10 +300,11 @@ def test_a_plan_counts_offloaded_bytes_and_makes_no_file() -> None:
 # --- checkpoints of it --------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_takes_a_window_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("client", [False, True])
+def test_a_checkpoint_takes_a_window_of_memory(client: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """State in files never is in memory as a whole, neither when it is saved nor when it is loaded."""
     (tmp_path / "drive").mkdir()
-    engine, weights = trained(tmp_path / "drive", 256)
+    engine, weights = trained(tmp_path / "drive", 256, client)
     window, most = 1 << 17, [0]
     monkeypatch.setattr(io, "WINDOW", window)
     monkeypatch.setattr(io, "BLOCK", 1 << 14)
