@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import updates
+from benchmarks import traffic, updates
 from benchmarks.harness import Options, Result
 from deepcore.optim.lamb import FusedLamb
 
@@ -43,6 +43,7 @@ SUBJECT = updates.Subject(
     {"torch foreach": foreach},
     num_states=2,
     extra=12,  # the second pass reads moments once more, and parameters
+    limit=traffic.update_in_two_passes,
 )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import tensors, traffic
-from benchmarks.harness import OURS, Options, Result, at_threads, compare
+from benchmarks.harness import OURS, Limit, Options, Result, at_threads, compare
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 
 Params = list[torch.nn.Parameter]
@@ -27,6 +27,7 @@ class Subject:
         peers: make the steps of what users have, by name; each keeps state of its own.
         num_states: fp32 tensors of a parameter's state, read and written.
         extra: bytes an element that a second pass moves.
+        limit: the machine's own speed, from parameter, gradient and states of one size.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Subject:
     peers: dict[str, Callable[[Params], Callable[[], object]]]
     num_states: int
     extra: int = 0
+    limit: Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], Limit] = traffic.update
 
     @property
     def per_element(self) -> int:
@@ -68,5 +70,5 @@ def _measure(
     limit = None
     if case == "large":
         flats = [torch.zeros(numel, device=device) for _ in range(2 + max(1, subject.num_states))]
-        limit = traffic.update(flats[0], flats[1], flats[2:])
+        limit = subject.limit(flats[0], flats[1], flats[2:])
     return compare(subject.name, case, runs, options, params=params, nbytes=subject.per_element * numel, limit=limit)

@@ -13,6 +13,9 @@
 #define DEEPCORE_FN static inline __attribute__((always_inline))
 #endif
 
+// Before a loop over an array that is to live in registers: GCC keeps it in memory where it does not unroll the loop.
+#define DEEPCORE_UNROLL _Pragma("GCC unroll 32")
+
 // Before a template that calls what it is given: nvcc cannot know that a device lambda never meets the host version.
 #ifdef __CUDACC__
 #define DEEPCORE_CALLS_BACK _Pragma("nv_exec_check_disable")

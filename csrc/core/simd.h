@@ -56,6 +56,17 @@ namespace DEEPCORE_ISA {
 
 constexpr int64_t kWidth = sizeof(vec) / sizeof(float);
 
+// Adds the squares of as many elements as `sums` have numbers, in order.
+template <class T, int count>
+DEEPCORE_FN void add_squares_of(const T* from, dvec (&sums)[count]) {
+    DEEPCORE_UNROLL
+    for (int k = 0; k < count; ++k) {
+        dvec value;
+        load(from + k * (sizeof(dvec) / sizeof(double)), value);
+        add_square(sums[k], value);
+    }
+}
+
 // Whether `stream` may write a whole vector there.
 template <class To>
 DEEPCORE_FN bool aligned(const To* to) {

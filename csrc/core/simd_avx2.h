@@ -61,14 +61,29 @@ DEEPCORE_FN __m128i load_four(const void* from) { return _mm_loadl_epi64(static_
 
 DEEPCORE_FN void splat(double value, dvec& x) { x.value = _mm256_set1_pd(value); }
 DEEPCORE_FN void load(const float* from, dvec& x) { x.value = _mm256_cvtps_pd(_mm_loadu_ps(from)); }
-DEEPCORE_FN void load(const bf16* from, dvec& x) {
-    x.value = _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(load_four(from)), 16)));
-}
 DEEPCORE_FN void load(const f16* from, dvec& x) { x.value = _mm256_cvtps_pd(_mm_cvtph_ps(load_four(from))); }
 DEEPCORE_FN void load(const double* from, dvec& x) { x.value = _mm256_loadu_pd(from); }
 DEEPCORE_FN void store(double* to, dvec x) { _mm256_storeu_pd(to, x.value); }
 // The square of a widened fp32 is exact in fp64, so fusing changes no bit.
 DEEPCORE_FN void add_square(dvec& sum, dvec x) { sum.value = _mm256_fmadd_pd(x.value, x.value, sum.value); }
+
+// As in simd.h, of 32 elements. A zero below a bf16 makes it an fp32. Widening that to fp64 takes a shuffle from a
+// register and none from memory: half of it each way is a quarter faster than all of it one way.
+DEEPCORE_FN void add_squares_of(const bf16* from, dvec (&sums)[8]) {
+    alignas(32) float wide[16];  // of elements 0 to 3, 8 to 11, 4 to 7, 12 to 15
+    const __m256i zeros = _mm256_setzero_si256(), bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    _mm256_store_ps(wide, _mm256_castsi256_ps(_mm256_unpacklo_epi16(zeros, bits)));
+    _mm256_store_ps(wide + 8, _mm256_castsi256_ps(_mm256_unpackhi_epi16(zeros, bits)));
+    asm("" : "+m"(wide));  // or the compiler would take it from the registers after all
+    DEEPCORE_UNROLL
+    for (int k = 4; k < 8; k += 2) {
+        const __m128i half = load_halves(from + 4 * k), zero = _mm_setzero_si128();
+        add_square(sums[k], {_mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(zero, half)))});
+        add_square(sums[k + 1], {_mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpackhi_epi16(zero, half)))});
+    }
+    DEEPCORE_UNROLL
+    for (int k = 0; k < 4; ++k) add_square(sums[k], {_mm256_cvtps_pd(_mm_load_ps(wide + k % 2 * 8 + k / 2 * 4))});
+}
 
 struct words {
     __m256i value;

@@ -8,16 +8,59 @@ namespace DEEPCORE_ISA {
 
 namespace {
 
-constexpr int64_t kAhead = 8192;  // bytes: two small pages on, where the hardware's own prefetch stops
+constexpr int kStreams = 4;
+constexpr int64_t kPieceBytes = 512, kAhead = 256;
+
+// Sums chunks side by side, a piece of each in turn: memory gives one core more in several streams than in one. Each
+// chunk has its own lanes, so that its sum has the bits that it has alone.
+template <class T>
+class Streams {
+  public:
+    explicit Streams(double* partials) : partials_(partials) {}
+
+    void add(const T* first, int64_t numel, int64_t chunk) {
+        runs_[count_++] = {first, numel, chunk, {}};
+        if (count_ == kStreams) finish();
+    }
+
+    void finish() {
+        constexpr int64_t kPiece = kPieceBytes / sizeof(T);
+        for (bool more = true; more;) {
+            more = false;
+            for (int k = 0; k < count_; ++k) {
+                Run& run = runs_[k];
+                if (run.left == 0) continue;
+                const int64_t numel = run.left < kPiece ? run.left : kPiece;
+                add_squares<kAhead>(run.next, numel, run.lanes);
+                run.next += numel;
+                run.left -= numel;
+                more = more || run.left > 0;
+            }
+        }
+        for (int k = 0; k < count_; ++k) partials_[runs_[k].chunk] = fold_lanes(runs_[k].lanes);
+        count_ = 0;
+    }
+
+  private:
+    struct Run {
+        const T* next;
+        int64_t left, chunk;
+        double lanes[kLanes];
+    };
+
+    double* const partials_;
+    Run runs_[kStreams];
+    int count_ = 0;
+};
 
 template <class T>
 void sum_chunks(const GradStatsArgs& args, int64_t begin, int64_t end) {
+    Streams<T> streams(args.partials);
     for_each_chunk(args.segments, args.num_segments, begin, end, [&](int64_t row, int64_t chunk, Span span) {
         const T* grad = static_cast<const T*>(args.grads[args.segments[row].tensor]);
-        double lanes[kLanes] = {};
-        add_squares<kAhead>(grad + span.begin, span.end - span.begin, lanes);
-        args.partials[chunk] = fold_lanes(lanes);
+        streams.add(grad + span.begin, span.end - span.begin, chunk);
     });
+    streams.finish();
 }
 
 }  // namespace

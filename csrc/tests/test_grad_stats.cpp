@@ -13,19 +13,19 @@ using namespace deepcore;
 namespace {
 
 struct Result {
-    double squares[4], summary[3];
+    double partials[5], squares[4], summary[3];
 };
 
-Result run(const std::vector<float>& grad, int64_t step) {
+template <class T>
+Result run(const std::vector<T>& grad, int64_t step, DType dtype = DType::f32) {
     const auto numel = static_cast<int64_t>(grad.size());
     const int64_t first = 2 * kChunkNumel + 3;
     const Segment segments[] = {
         {0, 1, first, 0, 0}, {0, 5, 0, 0, 3}, {0, first + 1, numel - first - 2, 0, 3}, {0, 0, 1, 0, 4}};
     const int64_t offsets[] = {0, 5};
     const void* address = grad.data();
-    double partials[5];
     Result result;
-    const GradStatsArgs args = {DType::f32,     &address,      1, offsets, segments, 4, partials,
+    const GradStatsArgs args = {dtype,          &address,      1, offsets, segments, 4, result.partials,
                                 result.squares, result.summary};
     for (int64_t chunk = 0; chunk < 5; chunk += step) {
         DEEPCORE_PICK(grad_stats_chunks)(args, chunk, chunk + step < 5 ? chunk + step : 5);
@@ -60,6 +60,28 @@ void order_is_the_same(const std::vector<float>& grad, const Result& expected) {
     }
 }
 
+// Chunks of the first segment, which begins at element 1, and of the others: their lanes summed one by one.
+template <class T>
+void bits_are_those_of_plain_lanes(DType dtype) {
+    deepcore_test::Random random;
+    std::vector<T> grad(2 * kChunkNumel + 1000);
+    for (T& x : grad) store(&x, random.uniform());
+    const auto numel = static_cast<int64_t>(grad.size());
+    const int64_t begins[] = {1, 1 + kChunkNumel, 1 + 2 * kChunkNumel, 4 + 2 * kChunkNumel, 0};
+    const int64_t ends[] = {begins[1], begins[2], begins[3], numel - 1, 1};
+    for (int64_t step : {1, 3, 5}) {
+        const Result result = run(grad, step, dtype);
+        for (int chunk = 0; chunk < 5; ++chunk) {
+            double lanes[kLanes] = {}, value;
+            for (int64_t i = begins[chunk]; i < ends[chunk]; ++i) {
+                load(&grad[i], value);
+                lanes[(i - begins[chunk]) % kLanes] += value * value;
+            }
+            CHECK(result.partials[chunk] == fold_lanes(lanes));
+        }
+    }
+}
+
 void bad_element_is_found(std::vector<float> grad, size_t place, float bad, int segment) {
     grad[place] = bad;
     const Result result = run(grad, 5);
@@ -87,6 +109,9 @@ int main() {
     const int variants = deepcore_test::for_each_variant([&](const char*) {
         sums_of_integers_are_exact();
         order_is_the_same(grad, expected);
+        bits_are_those_of_plain_lanes<float>(DType::f32);
+        bits_are_those_of_plain_lanes<bf16>(DType::bf16);
+        bits_are_those_of_plain_lanes<f16>(DType::f16);
         bad_elements_are_found(grad);
     });
     CHECK(variants > 0);
