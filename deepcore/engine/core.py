@@ -225,20 +225,28 @@ class TrainCore:
         """The state is whole again."""
         self._half_loaded = False
 
+    def require_one_state(self) -> None:
+        """Raise where weights and optimizer state are not of one step."""
+        self.strategy.arena.require_whole()
+        self._require_loaded()
+
     def require_alive(self) -> None:
-        if self._half_loaded:
-            raise UsageError(
-                "this engine's state is a mixture",
-                got="load_checkpoint() failed after it had begun to overwrite weights",
-                expected="a load that ends well",
-                do="load another checkpoint into it",
-            )
+        self._require_loaded()
         if self._dead is not None:
             raise UsageError(
                 "this engine cannot train any more",
                 got=self._dead,
                 expected="a live engine",
                 do="build a new one with deepcore.initialize() and load a checkpoint",
+            )
+
+    def _require_loaded(self) -> None:
+        if self._half_loaded:
+            raise UsageError(
+                "this engine's state is a mixture",
+                got="load_checkpoint() failed after it had begun to overwrite weights",
+                expected="a load that ends well",
+                do="load another checkpoint into it",
             )
 
 

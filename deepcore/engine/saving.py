@@ -111,6 +111,8 @@ def require_folder(given: Any, name: str) -> Path:
 
 def contents_of(engine: Persistent, client_state: Mapping[str, Any] | None, *, exclude_frozen: bool) -> Content:
     """Everything that this rank brings to a checkpoint, as views: nothing is copied."""
+    if engine.core is not None:
+        engine.core.require_one_state()
     section, module = engine.settings.checkpoint, engine.module
     held_here = all_held(module)
     fragments = list(weight_fragments(held_here, exclude_frozen=exclude_frozen))

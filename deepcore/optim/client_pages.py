@@ -89,21 +89,18 @@ class ClientPages:
         page.arriving = []
         for entry in page.entries:
             assert page.memory is not None
-            self._client.state[entry.target][entry.key] = entry.of(page.memory)
+            state = self._client.state.get(entry.target, {})
+            if state.get(entry.key) is entry.like:  # and not what somebody put there since, or took away
+                state[entry.key] = entry.of(page.memory)
 
     def leave(self, number: int) -> None:
         """Write a page, with whatever the client has made of its state, and take it out of memory.
 
         A tensor of the meta device gets room, and any content: ``store`` is to follow.
         """
-        page, found, begin = self._pages[number], list[tuple[_Entry, torch.Tensor]](), 0
-        for target in page.targets:
-            for key, value in self._client.state.get(target, {}).items():
-                if _can_leave(value):
-                    like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-                    found.append((_Entry(target, key, like, begin), value))
-                    begin += -(-value.nbytes // _ALIGN) * _ALIGN
-        memory = self._fit(page, begin)
+        page = self._pages[number]
+        found, nbytes = self._laid_out(page)
+        memory = self._fit(page, nbytes)
         known = [(entry, value) for entry, value in found if not value.is_meta]
         if any(entry.of(memory).data_ptr() != value.data_ptr() for entry, value in known):
             memory = aligned_buffer(memory.numel(), torch.uint8)  # for in place one might overwrite the next
@@ -113,14 +110,37 @@ class ClientPages:
         self.settle()  # one page at a time is on its way
         if page.column is not None:
             self._leaving = [page.column.begin_write(memory, 0, page.column.numel)]
-        self.forget(number)
+        page.memory = None
+        for entry in page.entries:
+            self._client.state[entry.target][entry.key] = entry.like
+
+    def _laid_out(self, page: _Page) -> tuple[list[tuple[_Entry, torch.Tensor]], int]:
+        """What there is of a page's state now, each with its place there, and the bytes of all."""
+        found, end = list[tuple[_Entry, torch.Tensor]](), 0
+        place_of: dict[tuple[object, ...], int] = {}
+        for target in page.targets:
+            for key, value in self._client.state.get(target, {}).items():
+                if not _can_leave(value):
+                    continue
+                like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                # One tensor under two keys stays one.
+                same = (id(value),) if value.is_meta else (value.data_ptr(), value.dtype, value.shape, value.stride())
+                begin = place_of.setdefault(same, end)
+                found.append((_Entry(target, key, like, begin), value))
+                if begin == end:
+                    end += -(-value.nbytes // _ALIGN) * _ALIGN
+        return found, end
 
     def forget(self, number: int) -> None:
         """Take a page out of memory as the file has it."""
         page = self._pages[number]
-        page.memory = None
         for entry in page.entries:
-            self._client.state[entry.target][entry.key] = entry.like
+            state = self._client.state.get(entry.target, {})
+            value = state.get(entry.key)
+            assert page.memory is not None
+            if isinstance(value, torch.Tensor) and value.data_ptr() == entry.of(page.memory).data_ptr():
+                state[entry.key] = entry.like
+        page.memory = None
 
     def _fit(self, page: _Page, nbytes: int) -> torch.Tensor:
         """Give a page a column of at least ``nbytes``, and return its memory, as it is where that is enough."""
@@ -145,7 +165,7 @@ class ClientPages:
         number = self.number_of(target)
         found = dict(self._client.state.get(target, {}))
         for entry in [] if number is None else self._pages[number].entries:
-            if entry.target is target:
+            if entry.target is target and found.get(entry.key) is entry.like:
                 column = self._pages[number].column  # type: ignore[index]
                 assert column is not None
                 found[entry.key] = Deferred(entry.like, partial(_read, column, entry))

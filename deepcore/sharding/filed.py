@@ -130,13 +130,17 @@ class FiledArena(TiledArena):
 
     def master_run(self, number: int, low: int, high: int) -> torch.Tensor:
         column = self._columns[number].get(MASTER)
-        return super().master_run(number, low, high) if column is None else column.read(low, high)
+        if column is None:
+            return super().master_run(number, low, high)
+        self.require_whole()
+        return column.read(low, high)
 
     def store_master(self, number: int, low: int, values: torch.Tensor) -> None:
         column = self._columns[number].get(MASTER)
         if column is None:
             super().store_master(number, low, values)
         else:
+            self.require_whole()
             column.write(low, values)
 
     # --- tiles in memory ------------------------------------------------------------------------------------------

@@ -72,6 +72,9 @@ class UpdateArena:
         """Whether state is in a file."""
         return self.store is not None
 
+    def require_whole(self) -> None:
+        """StorageError where an update failed half way, or is under way, so that state is of two steps."""
+
     def here(self, *scalars: torch.Tensor) -> Sequence[torch.Tensor]:
         """What the device decided of this step, fp32 (1,) each, on ``home``. Waits where that is another device."""
         return scalars

@@ -182,6 +182,9 @@ class TurnedArena(PieceArena):
     def guest_nbytes(self) -> int:
         return self._guests.nbytes
 
+    def require_whole(self) -> None:
+        self.base.require_whole()
+
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def collect(self) -> None:
@@ -223,7 +226,7 @@ class TurnedArena(PieceArena):
     def state_run(self, batch: SegmentBatch, name: str, segment: Segment, low: int, high: int) -> torch.Tensor:
         if self._filed is None:
             return super().state_run(batch, name, segment, low, high)
-        self._filed.require_whole()
+        self.require_whole()
         column, begin = self._state_of(batch, name, segment)
         return column.read(begin + low, begin + high)
 
@@ -231,7 +234,7 @@ class TurnedArena(PieceArena):
         if self._filed is None:
             super().store_state(batch, name, segment, values)
             return
-        self._filed.require_whole()
+        self.require_whole()
         column, begin = self._state_of(batch, name, segment)
         column.write(begin, values)
 

@@ -38,7 +38,9 @@ def fail_on_rank_1(folder: Path) -> str:
         if engine.global_rank == 1:
             patch.setattr(io.block_file, "for_writing", Full)
         for Full.shows_early in (False, True):
-            with pytest.raises(CheckpointError, match=r"(?s)rank 1 could not.*No space.*complete checkpoints there.*one"):
+            with pytest.raises(
+                CheckpointError, match=r"(?s)rank 1 could not.*No space.*complete checkpoints there.*one"
+            ):
                 engine.save_checkpoint(folder, tag="two")
     run(engine, 1, 2)  # training goes on, and so does saving
     engine.save_checkpoint(folder, tag="two")
@@ -176,6 +178,8 @@ def load_damaged(folder: Path) -> None:
         other.load_checkpoint(folder)
     with pytest.raises(UsageError, match="mixture"):
         run(other, 0, 1)
+    with pytest.raises(UsageError, match="mixture"):
+        other.save_checkpoint(folder, tag="neither")
     other.load_checkpoint(folder, tag="good")
     assert all(value.equal(state[name]) for name, value in everything(other).items())
     run(other, 0, 1)
@@ -232,7 +236,8 @@ def die_while_writing(folder: Path, victim: int, late: bool, background: bool) -
 @pytest.mark.nightly
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(("victim", "late"), [(0, False), (0, True), (1, False), (1, True)])
-def test_a_rank_that_is_killed_leaves_the_last_checkpoint(victim: int, late: bool, background: bool, tmp_path: Path
+def test_a_rank_that_is_killed_leaves_the_last_checkpoint(
+    victim: int, late: bool, background: bool, tmp_path: Path
 ) -> None:
     with pytest.raises(RankDiedError):
         run_ranks(2, die_while_writing, tmp_path, victim, late, background)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import deepcore
 from deepcore.errors import UsageError
+from deepcore.ops.file_engine import make_engine
 from deepcore.zero import turned
 from tests.dist.pool import RankFailedError, run_ranks
 from tests.parity.journey import beside
@@ -82,6 +84,20 @@ def test_empty_parameters_of_a_low_precision_model_are_left_alone(stage: int) ->
     results = run_ranks(2, train_with, case, RECIPES["nadam"], None, build_few, lumpy_batch)
     expected = reference(case, RECIPES["nadam"], build_few, lumpy_batch)
     assert worst_difference(results[0]["weights"], expected)[0] == 0.0
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("recipe", ["nadam", "muon"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ranks_that_update_nothing_send_their_parts_where_state_is_in_files(
+    recipe: str, stage: int, tmp_path: Path
+) -> None:
+    make_engine(1, 4096)  # built here, where no other rank waits for it
+    zero = {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}, "sub_group_size": 64}
+    case = Case(world=3, stage=stage, steps=3)
+    results = run_ranks(3, train_with, case, RECIPES[recipe], zero, build_few, lumpy_batch, hostile=stage == 3)
+    expected = reference(case, RECIPES[recipe], build_few, lumpy_batch)
+    assert [worst_difference(result["weights"], expected)[0] for result in results] == [0.0] * 3
 
 
 def test_state_lives_with_one_owner_each() -> None:

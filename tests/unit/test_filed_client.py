@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 import deepcore
 from deepcore import zero
 from deepcore.errors import ConfigError, StorageError, UsageError
+from deepcore.optim import FusedSGD
 from tests.unit.test_file_engine import refuse_writes, tensor_bytes
 
 WIDTH = 24
@@ -60,6 +62,27 @@ class Odd(Optimizer):
         param.sub_(state["mean"].float() * group["rate"], alpha=group["lr"] / count)
 
 
+class Counting(Optimizer):
+    """Counts in a tensor of its own and in a list of its group, and has one tensor under two keys."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05, "seen": []})
+        self.count = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.count += 1
+        for group in self.param_groups:
+            group["seen"].append(1.0)
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    if not state:
+                        state["mean"] = state["same"] = torch.zeros_like(param)
+                    state["mean"].lerp_(param.grad, 0.3)
+                    param.sub_(state["same"], alpha=group["lr"] / float(self.count) / sum(group["seen"]))
+
+
 def make_model() -> torch.nn.Sequential:
     torch.manual_seed(0)
     return torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)))
@@ -86,6 +109,7 @@ def step(engine: Any, bf16: bool, use: int = 4) -> None:
 
 KINDS: dict[str, Callable[[Any], Optimizer]] = {
     "odd": Odd,
+    "counting": Counting,
     "adafactor": lambda params: torch.optim.Adafactor(params, lr=0.05),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, foreach=True),
 }
@@ -113,6 +137,26 @@ def test_it_trains_as_in_memory(kind: str, bf16: bool, tmp_path: Path) -> None:
     for engine in engines:
         engine.destroy()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["none left", "one replaced"])
+def test_what_a_user_does_to_the_state_between_steps_counts(how: str, tmp_path: Path) -> None:
+    engines = [make_engine(folder, KINDS["adamw"], True) for folder in (None, tmp_path)]
+    for engine in engines:
+        step(engine, True)
+        if how == "none left":
+            engine.optimizer.state.clear()
+        for state in engine.optimizer.state.values():
+            state["exp_avg"] = torch.ones(state["exp_avg"].shape)
+        weight = engine.module[0].weight
+        assert zero.safe_get_full_optimizer_state(weight, "exp_avg_sq") is None or how == "one replaced"
+        saved = engine.optimizer.state_dict()["state"].values()
+        assert all(torch.equal(state["exp_avg"], torch.ones(state["exp_avg"].shape)) for state in saved)
+        step(engine, True)
+    for one, other in zip(*(engine.module.parameters() for engine in engines), strict=True):
+        assert torch.equal(one, other)
+    for engine in engines:
+        engine.destroy()
 
 
 def test_state_is_in_memory_only_while_it_is_used(tmp_path: Path) -> None:
@@ -196,6 +240,25 @@ def test_what_needs_everything_at_once_is_refused(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, KINDS["adamw"], False)
     with pytest.raises(UsageError, match="where optimizer state is in files"):
         engine.optimizer.step(lambda: 0.0)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "fused"])
+def test_what_an_update_left_half_way_is_not_saved(kind: str, tmp_path: Path) -> None:
+    make = KINDS["adamw"] if kind == "adamw" else lambda params: FusedSGD(params, lr=0.1)  # that one keeps no state
+    (tmp_path / "nvme").mkdir()
+    engine = make_engine(tmp_path / "nvme", make, True)
+    step(engine, True)
+    file = engine.strategy.arena.store.plain
+    size = os.fstat(file).st_size
+    os.truncate(file, size // 2)
+    with pytest.raises(StorageError, match="could not be read"):
+        step(engine, True)
+    os.truncate(file, size)  # the drive is back, and what was not yet updated reads well again
+    with pytest.raises(StorageError, match="torn"):
+        engine.save_checkpoint(tmp_path / "saved")
+    with pytest.raises(StorageError, match="torn"):
+        zero.safe_get_full_fp32_param(engine.module[0].weight)
     engine.destroy()
 
 
