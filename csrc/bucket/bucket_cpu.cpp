@@ -22,23 +22,26 @@ DEEPCORE_FN void keep(To* to, V x) {
 }
 
 // `count` times as many elements as V holds, from `out` and `part` on. All parts are walked side by side: passing them
-// one after the other over sums in the nearest cache is slower from three parts on.
-template <class V, int count, bool streaming, class To, class From>
-DEEPCORE_FN void sum(To* out, const From* part, const BucketArgs& args) {
+// one after the other over sums in the nearest cache is slower from three parts on. Unrolled, or the totals would live
+// in memory.
+template <bool divides, bool accumulates, class V, int count, bool streaming, class To, class From>
+DEEPCORE_FN void sum(To* out, const From* part, int64_t num_parts, int64_t stride, V by) {
     constexpr int64_t kStep = sizeof(V) / sizeof(float);
-    V totals[count], other, by;
+    V totals[count], other;
+    DEEPCORE_UNROLL
     for (int u = 0; u < count; ++u) load(part + u * kStep, totals[u]);
-    for (int64_t k = 1; k < args.num_parts; ++k) {
-        part += args.numel;
+    for (int64_t k = 1; k < num_parts; ++k) {
+        part += stride;
+        DEEPCORE_UNROLL
         for (int u = 0; u < count; ++u) {
             load(part + u * kStep, other);
             totals[u] = totals[u] + other;
         }
     }
-    splat(args.by, by);
+    DEEPCORE_UNROLL
     for (int u = 0; u < count; ++u) {
-        totals[u] = args.divide ? totals[u] / by : totals[u] * by;
-        if (args.accumulate) {
+        totals[u] = divides ? totals[u] / by : totals[u] * by;
+        if constexpr (accumulates) {
             load(out + u * kStep, other);
             totals[u] = other + totals[u];
         }
@@ -46,31 +49,48 @@ DEEPCORE_FN void sum(To* out, const From* part, const BucketArgs& args) {
     }
 }
 
-template <class To, class From>
-void sum_one_by_one(To* out, const From* part, const BucketArgs& args, int64_t numel) {
-    for (int64_t i = 0; i < numel; ++i) sum<float, 1, false>(out + i, part + i, args);
-}
-
-template <class To, class From>
-void sum_range(BucketArgs args, int64_t begin, int64_t end) {
+template <bool divides, bool accumulates, class To, class From>
+void sum_range(const BucketArgs& args, int64_t begin, int64_t end) {
     To* const out = static_cast<To*>(args.out);
     const From* const part = static_cast<const From*>(args.parts);
     constexpr int64_t kMany = kTogether * kWidth;
+    const int64_t num_parts = args.num_parts, stride = args.numel;
+    const float one_by = args.by;
+    vec by;
+    splat(one_by, by);
+    const auto one_by_one = [&](int64_t first, int64_t last) {
+        for (; first < last; ++first)
+            sum<divides, accumulates, float, 1, false>(out + first, part + first, num_parts, stride, one_by);
+    };
     int64_t i = begin;
     if (args.streaming) {
         while (i < end && !aligned(out + i)) ++i;
-        sum_one_by_one(out + begin, part + begin, args, i - begin);
-        for (; i + kMany <= end; i += kMany) sum<vec, kTogether, true>(out + i, part + i, args);
+        one_by_one(begin, i);
+        for (; i + kMany <= end; i += kMany) {
+            sum<divides, accumulates, vec, kTogether, true>(out + i, part + i, num_parts, stride, by);
+        }
     }
-    for (; i + kMany <= end; i += kMany) sum<vec, kTogether, false>(out + i, part + i, args);
-    sum_one_by_one(out + i, part + i, args, end - i);
+    for (; i + kMany <= end; i += kMany)
+        sum<divides, accumulates, vec, kTogether, false>(out + i, part + i, num_parts, stride, by);
+    one_by_one(i, end);
+}
+
+template <class To, class From>
+void sum_range_as(const BucketArgs& args, int64_t begin, int64_t end) {
+    if (args.divide) {
+        args.accumulate ? sum_range<true, true, To, From>(args, begin, end)
+                        : sum_range<true, false, To, From>(args, begin, end);
+    } else {
+        args.accumulate ? sum_range<false, true, To, From>(args, begin, end)
+                        : sum_range<false, false, To, From>(args, begin, end);
+    }
 }
 
 template <class To>
 void sum_range_to(const BucketArgs& args, int64_t begin, int64_t end) {
-    if (args.part_dtype == DType::f32) sum_range<To, float>(args, begin, end);
-    if (args.part_dtype == DType::bf16) sum_range<To, bf16>(args, begin, end);
-    if (args.part_dtype == DType::f16) sum_range<To, f16>(args, begin, end);
+    if (args.part_dtype == DType::f32) sum_range_as<To, float>(args, begin, end);
+    if (args.part_dtype == DType::bf16) sum_range_as<To, bf16>(args, begin, end);
+    if (args.part_dtype == DType::f16) sum_range_as<To, f16>(args, begin, end);
 }
 
 void any_range(const BucketArgs& args, int64_t begin, int64_t end) {
