@@ -164,11 +164,11 @@ class ClientPages:
         """The state of a parameter, what is in the file of it ``Deferred``."""
         number = self.number_of(target)
         found = dict(self._client.state.get(target, {}))
-        for entry in [] if number is None else self._pages[number].entries:
-            if entry.target is target and found.get(entry.key) is entry.like:
-                column = self._pages[number].column  # type: ignore[index]
-                assert column is not None
-                found[entry.key] = Deferred(entry.like, partial(_read, column, entry))
+        page = None if number is None else self._pages[number]
+        if page is not None and page.column is not None:
+            for entry in page.entries:
+                if entry.target is target and found.get(entry.key) is entry.like:
+                    found[entry.key] = Deferred(entry.like, partial(_read, page.column, entry))
         return found
 
     def store(self, target: torch.Tensor, key: str, values: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ class Odd(Optimizer):
         self.calls = 0
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> int:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         self.calls += 1
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -70,7 +70,7 @@ class Counting(Optimizer):
         self.count = torch.zeros(())
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         self.count += 1
         for group in self.param_groups:
             group["seen"].append(1.0)
@@ -168,7 +168,7 @@ def test_state_is_in_memory_only_while_it_is_used(tmp_path: Path) -> None:
     assert all(entry["exp_avg"].is_meta and not entry["step"].is_meta for entry in state.values())
     shapes = sorted(tuple(entry["exp_avg"].shape) for entry in state.values())
     assert shapes == sorted(tuple(param.shape) for param in engine.module.parameters())
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match="meta"):
         next(iter(state.values()))["exp_avg"].tolist()
     assert engine.optimizer.state_tensors() == []
     engine.destroy()

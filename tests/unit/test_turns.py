@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,12 +15,12 @@ from deepcore.zero.turns import local_turns, travelling_turns
 groups = st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=8), min_size=1, max_size=3)
 
 
-def params(numels: list[list[int]], num_ranks: int, random: object) -> list[OwnedParam]:
+def params(numels: list[list[int]], num_ranks: int, random: Random) -> list[OwnedParam]:
     cuts = []
     for number, sizes in enumerate(numels):
         layout = ShardLayout.pack(((f"p{i}", (numel,)) for i, numel in enumerate(sizes)), num_ranks)
         cuts += [(number, one) for one in cut_slots(layout, whole=False)]
-    whole = [random.random() < 0.7 for _ in cuts]  # type: ignore[attr-defined]
+    whole = [random.random() < 0.7 for _ in cuts]
     held = [one.numels() for _, one in cuts]
     owners = assign_owners([sum(one.values()) for one in held], held, num_ranks)
     return [
@@ -30,7 +32,7 @@ def params(numels: list[list[int]], num_ranks: int, random: object) -> list[Owne
 
 @given(groups, st.integers(1, 5), st.integers(1, 400), st.randoms(use_true_random=False))
 def test_what_travels_comes_once_and_no_rank_has_too_much_at_a_time(
-    numels: list[list[int]], num_ranks: int, bound: int, random: object
+    numels: list[list[int]], num_ranks: int, bound: int, random: Random
 ) -> None:
     everything = params(numels, num_ranks, random)
     turns = list(travelling_turns(everything, bound))
@@ -45,7 +47,7 @@ def test_what_travels_comes_once_and_no_rank_has_too_much_at_a_time(
 
 @given(groups, st.integers(1, 5), st.integers(1, 400), st.randoms(use_true_random=False))
 def test_what_stays_comes_once_in_order_and_in_turns_of_one_kind(
-    numels: list[list[int]], num_ranks: int, bound: int, random: object
+    numels: list[list[int]], num_ranks: int, bound: int, random: Random
 ) -> None:
     everything = params(numels, num_ranks, random)
     for rank in range(num_ranks):
