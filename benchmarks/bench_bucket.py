@@ -12,6 +12,7 @@ import torch
 from benchmarks import tensors, traffic
 from benchmarks.harness import OURS, Limit, Options, Result, at_threads, compare
 from deepcore import ops
+from deepcore.ops import direct
 
 TINY = 1000
 PARTS = (1, 2, 8)
@@ -69,7 +70,7 @@ def _runs(out: torch.Tensor, parts: torch.Tensor, accumulate: bool, divisor: flo
                 out.add_(row, alpha=1 / divisor)
 
     return {
-        OURS: lambda: torch.ops.deepcore.bucket_sum_(out, parts, accumulate, divisor),
+        OURS: lambda: direct.bucket_sum_(out, parts, accumulate, divisor),
         "torch sum": with_sum,
         "torch add": with_adds,
     }

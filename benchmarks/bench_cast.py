@@ -12,6 +12,7 @@ import torch
 from benchmarks import tensors, traffic
 from benchmarks.harness import OURS, Options, Result, at_threads, compare
 from deepcore import ops
+from deepcore.ops import direct
 
 CASES = (("fp32 to bf16", torch.float32, torch.bfloat16), ("bf16 to fp32", torch.bfloat16, torch.float32))
 
@@ -30,11 +31,11 @@ def bench(options: Options) -> Iterator[Result]:
 def _measure(case: str, source: torch.Tensor, out: torch.Tensor, options: Options, threads: int) -> Result:
     seed = torch.tensor([1], device=options.device)
     runs = {
-        OURS: lambda: torch.ops.deepcore.cast_(out, source, None),
+        OURS: lambda: direct.cast_(out, source, None),
         "torch copy_": lambda: out.copy_(source),
     }
     if out.dtype == torch.bfloat16:
-        runs[f"{OURS}/at random"] = lambda: torch.ops.deepcore.cast_(out, source, seed)
+        runs[f"{OURS}/at random"] = lambda: direct.cast_(out, source, seed)
     params = {"numel": source.numel(), "threads": threads, "device": options.device}
     limit = traffic.copy(source) if case.startswith("large") else None
     return compare("cast", case, runs, options, params=params, nbytes=source.nbytes + out.nbytes, limit=limit)

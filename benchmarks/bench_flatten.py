@@ -15,6 +15,7 @@ import torch
 from benchmarks import tensors, traffic
 from benchmarks.harness import OURS, Options, Result, at_threads, compare
 from deepcore import ops
+from deepcore.ops import direct
 
 
 def bench(options: Options) -> Iterator[Result]:
@@ -40,12 +41,12 @@ def _directions(sources: list[torch.Tensor]) -> dict[str, dict[str, Callable[[],
     views = list(flat.split(numels))
     return {
         "flatten": {
-            OURS: lambda: torch.ops.deepcore.flatten_(flat, sources, starts),
+            OURS: lambda: direct.flatten_(flat, sources, starts),
             "torch cat": lambda: torch.cat(sources, out=flat),
             "torch foreach_copy": lambda: torch._foreach_copy_(views, sources),
         },
         "unflatten": {
-            OURS: lambda: torch.ops.deepcore.unflatten_(sources, flat, starts),
+            OURS: lambda: direct.unflatten_(sources, flat, starts),
             "torch foreach_copy": lambda: torch._foreach_copy_(sources, views),
         },
     }

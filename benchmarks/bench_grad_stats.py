@@ -12,6 +12,7 @@ import torch
 from benchmarks import tensors, traffic
 from benchmarks.harness import OURS, Options, Result, at_threads, compare
 from deepcore import ops
+from deepcore.ops import direct
 
 
 def bench(options: Options) -> Iterator[Result]:
@@ -31,7 +32,7 @@ def _measure(case: str, grads: list[torch.Tensor], label: str, options: Options,
         leaf.grad = grad
     found, inverse = torch.zeros(1, device=options.device), torch.ones(1, device=options.device)
     runs = {
-        OURS: lambda: torch.ops.deepcore.grad_stats(grads, table.rows, table.chunk_offsets),
+        OURS: lambda: direct.grad_stats(grads, table.rows, table.chunk_offsets),
         "torch total_norm": lambda: torch.nn.utils.get_total_norm(grads, foreach=True),
         "torch clip_grad_norm": lambda: torch.nn.utils.clip_grad_norm_(leaves, 1e9, foreach=True),
         "torch unscale+check": lambda: torch._amp_foreach_non_finite_check_and_unscale_(grads, found, inverse),

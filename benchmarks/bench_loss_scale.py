@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.harness import OURS, Options, Result, at_threads, compare
 from deepcore import ops
+from deepcore.ops import direct
 
 
 def bench(options: Options) -> Iterator[Result]:
@@ -20,7 +21,7 @@ def bench(options: Options) -> Iterator[Result]:
     state, skip = torch.tensor([2.0**16, 0.0, 1.0], device=device), torch.zeros(1, device=device)
     scale, tracker = torch.full((1,), 2.0**16, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     runs = {
-        OURS: lambda: torch.ops.deepcore.loss_scale_update_(state, skip, 1000, 2, False, 1.0),
+        OURS: lambda: direct.loss_scale_update_(state, skip, 1000, 2, False, 1.0),
         "torch amp_update_scale": lambda: torch._amp_update_scale_(scale, tracker, skip, 2.0, 0.5, 1000),
     }
     for threads in at_threads(options):

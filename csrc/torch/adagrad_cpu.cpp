@@ -1,7 +1,7 @@
 // Owns the CPU binding of adagrad_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formula.
 #include "adagrad/adagrad_math.h"
-#include "torch/box.h"
+#include "torch/direct.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
 #include "torch/update_args.h"
@@ -24,4 +24,4 @@ void adagrad_(const TensorList& params, const TensorList& grads, const TensorLis
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("adagrad_", boxed<&adagrad_>); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { serve<&adagrad_>(m, "adagrad_"); }

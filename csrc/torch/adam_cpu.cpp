@@ -1,7 +1,7 @@
 // Owns the CPU bindings of adam_ and adam_stochastic_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formula.
 #include "adam/adam_math.h"
-#include "torch/box.h"
+#include "torch/direct.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
 #include "torch/update_args.h"
@@ -53,6 +53,6 @@ void adam_stochastic_(const TensorList& params, const TensorList& grads, const T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
-    m.impl("adam_", boxed<&adam_>);
-    m.impl("adam_stochastic_", boxed<&adam_stochastic_>);
+    serve<&adam_>(m, "adam_");
+    serve<&adam_stochastic_>(m, "adam_stochastic_");
 }

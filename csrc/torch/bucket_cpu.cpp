@@ -1,7 +1,7 @@
 // Owns the CPU binding of the bucket stem: checks, starts the kernel on torch's threads.
 // Knows nothing of how parts are summed.
-#include "torch/box.h"
 #include "torch/bucket_args.h"
+#include "torch/direct.h"
 #include "torch/grad_stats_args.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
@@ -40,6 +40,6 @@ Tensor bucket_sum_squares_(const Tensor& out, const Tensor& parts, bool accumula
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
-    m.impl("bucket_sum_", boxed<&bucket_sum_>);
-    m.impl("bucket_sum_squares_", boxed<&bucket_sum_squares_>);
+    serve<&bucket_sum_>(m, "bucket_sum_");
+    serve<&bucket_sum_squares_>(m, "bucket_sum_squares_");
 }

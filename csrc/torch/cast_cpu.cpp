@@ -1,7 +1,7 @@
 // Owns the CPU binding of cast_: checks, starts the kernel on torch's threads.
 // Knows nothing of rounding.
-#include "torch/box.h"
 #include "torch/cast_args.h"
+#include "torch/direct.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
 
@@ -24,4 +24,4 @@ void cast_(const Tensor& out, const Tensor& source, const OptionalTensor& seed) 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("cast_", boxed<&cast_>); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { serve<&cast_>(m, "cast_"); }

@@ -122,14 +122,10 @@ inline Device cpu_device() { return {aoti_torch_device_type_cpu(), 0}; }
 
 inline int64_t element_size(int32_t dtype) { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
 
-// A tensor whose storage was resized to less than it spans would be read beyond its end. `tensor`: dense; size: bytes
-// of an element.
-inline bool fits_storage(const Tensor& tensor, int64_t numel, int64_t size) {
-    return numel == 0 || (tensor.storage_offset() + numel) * size <= tensor.storage_size();
-}
-
+// A tensor whose storage was resized to less than it spans would be read beyond its end. `tensor`: dense.
 inline bool fits_storage(const Tensor& tensor) {
-    return fits_storage(tensor, tensor.numel(), element_size(tensor.dtype_code()));
+    const int64_t size = element_size(tensor.dtype_code());
+    return tensor.has_memory(tensor.numel() * size, size);
 }
 
 // The memory of a contiguous table argument with exactly this dtype, shape and device.
@@ -148,7 +144,7 @@ inline void* table_memory(const char* name, const Tensor& tensor, ScalarType dty
              describe(device_of(tensor)).text, tensor.is_contiguous() ? "" : " (strided)", dtype_name(dtype),
              shape_text(shape.begin(), shape.size()).text, describe(device).text);
     }
-    if (!fits_storage(tensor, numel, element_size(code))) {
+    if (!fits_storage(tensor)) {
         fail("%s: got a storage smaller than the tensor, expected its memory", name);
     }
     return tensor.data_ptr();

@@ -1,6 +1,6 @@
 // Owns the CPU bindings of flatten_ and unflatten_: checks, starts the kernel on torch's threads.
 // Knows nothing of how elements are copied.
-#include "torch/box.h"
+#include "torch/direct.h"
 #include "torch/flatten_args.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
@@ -30,6 +30,6 @@ void unflatten_(const TensorList& tensors, const Tensor& flat, const Tensor& sta
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
-    m.impl("flatten_", boxed<&flatten_>);
-    m.impl("unflatten_", boxed<&unflatten_>);
+    serve<&flatten_>(m, "flatten_");
+    serve<&unflatten_>(m, "unflatten_");
 }

@@ -1,6 +1,6 @@
 // Owns the CPU binding of grad_stats: checks, starts the kernels on torch's threads.
 // Knows nothing of the order of the sums.
-#include "torch/box.h"
+#include "torch/direct.h"
 #include "torch/grad_stats_args.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
@@ -20,4 +20,4 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const Tensor& seg
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("grad_stats", boxed<&grad_stats>); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { serve<&grad_stats>(m, "grad_stats"); }

@@ -1,6 +1,6 @@
 // Owns the CPU bindings of lamb_moments_ and lamb_apply_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formulas.
-#include "torch/box.h"
+#include "torch/direct.h"
 #include "torch/isa.h"
 #include "torch/lamb_args.h"
 #include "torch/parallel.h"
@@ -37,6 +37,6 @@ void lamb_apply_(const TensorList& params, const TensorList& exp_avgs, const Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
-    m.impl("lamb_moments_", boxed<&lamb_moments_>);
-    m.impl("lamb_apply_", boxed<&lamb_apply_>);
+    serve<&lamb_moments_>(m, "lamb_moments_");
+    serve<&lamb_apply_>(m, "lamb_apply_");
 }

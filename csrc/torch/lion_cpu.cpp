@@ -1,7 +1,7 @@
 // Owns the CPU binding of lion_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formula.
 #include "lion/lion_math.h"
-#include "torch/box.h"
+#include "torch/direct.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
 #include "torch/update_args.h"
@@ -24,4 +24,4 @@ void lion_(const TensorList& params, const TensorList& grads, const TensorList& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("lion_", boxed<&lion_>); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { serve<&lion_>(m, "lion_"); }

@@ -84,7 +84,7 @@ inline CheckedList checked_list(const char* name, TensorSpan list, Device device
                            tensor.dtype_code() == checked.dtype;
         const bool contiguous = alike && tensor.is_contiguous();
         const int64_t numel = tensor.numel();
-        if (!alike || !(contiguous || is_dense(tensor)) || !fits_storage(tensor, numel, size)) {
+        if (!alike || !(contiguous || is_dense(tensor)) || !tensor.has_memory(numel * size, size)) {
             fail_in_list(name, list, i, device);
         }
         checked.contiguous &= contiguous;

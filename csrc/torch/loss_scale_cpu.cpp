@@ -1,6 +1,6 @@
 // Owns the CPU binding of loss_scale_update_: checks, runs the kernel.
 // Knows nothing of the state machine.
-#include "torch/box.h"
+#include "torch/direct.h"
 #include "torch/isa.h"
 #include "torch/loss_scale_args.h"
 
@@ -17,4 +17,4 @@ void loss_scale_update_(const Tensor& state, const Tensor& skip, int64_t window,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("loss_scale_update_", boxed<&loss_scale_update_>); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { serve<&loss_scale_update_>(m, "loss_scale_update_"); }

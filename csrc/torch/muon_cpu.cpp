@@ -1,6 +1,6 @@
 // Owns the CPU bindings of muon_momentum_ and muon_apply_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formulas.
-#include "torch/box.h"
+#include "torch/direct.h"
 #include "torch/isa.h"
 #include "torch/muon_args.h"
 #include "torch/parallel.h"
@@ -35,6 +35,6 @@ void muon_apply_(const TensorList& params, const TensorList& grads, const Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) {
-    m.impl("muon_momentum_", boxed<&muon_momentum_>);
-    m.impl("muon_apply_", boxed<&muon_apply_>);
+    serve<&muon_momentum_>(m, "muon_momentum_");
+    serve<&muon_apply_>(m, "muon_apply_");
 }

@@ -1,7 +1,7 @@
 // Owns the CPU binding of sgd_: checks, starts the kernels on torch's threads.
 // Knows nothing of the formula.
 #include "sgd/sgd_math.h"
-#include "torch/box.h"
+#include "torch/direct.h"
 #include "torch/isa.h"
 #include "torch/parallel.h"
 #include "torch/update_args.h"
@@ -35,4 +35,4 @@ void sgd_(const TensorList& params, const TensorList& grads, const TensorList& m
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { m.impl("sgd_", boxed<&sgd_>); }
+STABLE_TORCH_LIBRARY_IMPL(deepcore, CPU, m) { serve<&sgd_>(m, "sgd_"); }

@@ -1,5 +1,5 @@
-// Owns how a binding holds the tensors that it is given: handles of torch's stable ABI, each with one owner.
-// Knows nothing of which answers are right; check.h does.
+// Owns how a binding holds the tensors that it is given: handles of torch's stable ABI, each with one owner, or views
+// of memory that the caller keeps. Knows nothing of which answers are right; check.h does.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -14,15 +14,26 @@
 namespace deepcore {
 namespace DEEPCORE_HIDDEN binding {
 
+// A tensor on a CPU as a direct call (direct.h) found it: within its storage, strided.
+struct View {
+    void* data;
+    int64_t numel;
+    const int64_t *sizes, *strides;  // torch's own
+    int32_t dim, dtype_code;
+    bool contiguous;
+};
+
 // torch::stable::Tensor shares each handle, which costs an allocation per tensor; a binding never shares one. Every
 // question is a call into libtorch of 3 to 10 ns: of a list's tensors ask each once, see lists.h.
 class Tensor {
   public:
     Tensor() = default;
     explicit Tensor(AtenTensorHandle handle) noexcept : handle_(handle) {}
-    Tensor(Tensor&& other) noexcept : handle_(other.release()) {}
+    explicit Tensor(const View& view) noexcept : view_(view) {}
+    Tensor(Tensor&& other) noexcept : handle_(other.release()), view_(other.view_) {}
     Tensor& operator=(Tensor&& other) noexcept {
         std::swap(handle_, other.handle_);
+        view_ = other.view_;
         return *this;
     }
     ~Tensor() {
@@ -32,17 +43,26 @@ class Tensor {
     AtenTensorHandle get() const { return handle_; }
     AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
 
-    void* data_ptr() const { return answer<void*>(aoti_torch_get_data_ptr); }
-    int64_t dim() const { return answer<int64_t>(aoti_torch_get_dim); }
-    int64_t numel() const { return answer<int64_t>(aoti_torch_get_numel); }
-    const int64_t* sizes() const { return answer<int64_t*>(aoti_torch_get_sizes); }
-    const int64_t* strides() const { return answer<int64_t*>(aoti_torch_get_strides); }
-    bool is_contiguous() const { return answer<bool>(aoti_torch_is_contiguous); }
-    int64_t storage_offset() const { return answer<int64_t>(aoti_torch_get_storage_offset); }  // elements
-    int64_t storage_size() const { return answer<int64_t>(aoti_torch_get_storage_size); }      // bytes
-    int32_t device_type() const { return answer<int32_t>(aoti_torch_get_device_type); }
-    int32_t device_index() const { return answer<int32_t>(aoti_torch_get_device_index); }
-    int32_t dtype_code() const { return answer<int32_t>(aoti_torch_get_dtype); }  // what aoti_torch_dtype_*() return
+    void* data_ptr() const { return handle_ ? answer<void*>(aoti_torch_get_data_ptr) : view_.data; }
+    int64_t dim() const { return handle_ ? answer<int64_t>(aoti_torch_get_dim) : view_.dim; }
+    int64_t numel() const { return handle_ ? answer<int64_t>(aoti_torch_get_numel) : view_.numel; }
+    const int64_t* sizes() const { return handle_ ? answer<int64_t*>(aoti_torch_get_sizes) : view_.sizes; }
+    const int64_t* strides() const { return handle_ ? answer<int64_t*>(aoti_torch_get_strides) : view_.strides; }
+    bool is_contiguous() const { return handle_ ? answer<bool>(aoti_torch_is_contiguous) : view_.contiguous; }
+    int32_t device_type() const {
+        return handle_ ? answer<int32_t>(aoti_torch_get_device_type) : aoti_torch_device_type_cpu();
+    }
+    int32_t device_index() const { return handle_ ? answer<int32_t>(aoti_torch_get_device_index) : 0; }
+    int32_t dtype_code() const {  // what aoti_torch_dtype_*() return
+        return handle_ ? answer<int32_t>(aoti_torch_get_dtype) : view_.dtype_code;
+    }
+
+    // Whether its storage reaches as far as its elements, which lie dense. nbytes: of all elements; size: of one.
+    bool has_memory(int64_t nbytes, int64_t size) const {
+        if (handle_ == nullptr || nbytes == 0) return true;
+        return answer<int64_t>(aoti_torch_get_storage_offset) * size + nbytes <=
+               answer<int64_t>(aoti_torch_get_storage_size);
+    }
 
   private:
     template <class Answer>
@@ -53,6 +73,7 @@ class Tensor {
     }
 
     AtenTensorHandle handle_ = nullptr;
+    View view_ = {};  // where there is no handle
 };
 
 using TensorList = std::vector<Tensor>;

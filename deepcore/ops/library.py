@@ -17,7 +17,7 @@ import torch
 
 from deepcore.base import env, log
 from deepcore.errors import BuildError, ConfigError
-from deepcore.ops import build, cache, prebuilt, schemas, selftest, spec, toolchain
+from deepcore.ops import build, cache, direct, prebuilt, schemas, selftest, spec, toolchain
 
 Kind = Literal["reference", "jit", "prebuilt"]
 DEVICES = ("cpu", "cuda")
@@ -116,11 +116,6 @@ def cpu_variant() -> str | None:
     return str(ask().decode())
 
 
-def op_names() -> tuple[str, ...]:
-    """All ops, such as "adam_"."""
-    return tuple(schema.split("(", 1)[0] for stem in schemas.SCHEMAS.values() for schema in stem.OPS)
-
-
 def _mode() -> str:
     mode = (env.text("DEEPCORE_OPS") or "auto").lower()
     if mode not in _MODES:
@@ -144,7 +139,10 @@ def _load(device: str, mode: str) -> tuple[OpStatus, ...]:
             raise
         _warn(device, str(error))
         return _references(device, error.what)
-    return tuple(_verified(op, device, found) for op in op_names())
+    served = tuple(_verified(op, device, found) for op in schemas.NAMES)
+    if device == "cpu" and found.path is not None:
+        direct.bind(found.path, (status.op for status in served if status.kind != "reference"))
+    return served
 
 
 def _forecast(device: str, mode: str) -> tuple[OpStatus, ...]:
@@ -156,7 +154,7 @@ def _forecast(device: str, mode: str) -> tuple[OpStatus, ...]:
         found = _prebuilt(device, mode) or _jit(job(device))
     except BuildError as error:
         return _references(device, error.what, loaded=False)
-    return tuple(OpStatus(op, device, found.kind, found.path, found.reason, loaded=False) for op in op_names())
+    return tuple(OpStatus(op, device, found.kind, found.path, found.reason, loaded=False) for op in schemas.NAMES)
 
 
 def _without_library(device: str, mode: str) -> str:
@@ -175,7 +173,7 @@ def _without_library(device: str, mode: str) -> str:
 
 
 def _references(device: str, reason: str, *, loaded: bool = True) -> tuple[OpStatus, ...]:
-    return tuple(OpStatus(op, device, "reference", None, reason, loaded) for op in op_names())
+    return tuple(OpStatus(op, device, "reference", None, reason, loaded) for op in schemas.NAMES)
 
 
 def _prebuilt(device: str, mode: str) -> _Found | None:

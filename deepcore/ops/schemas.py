@@ -25,6 +25,8 @@ SCHEMAS = {
     "loss_scale": loss_scale,
 }
 
+NAMES = tuple(schema.split("(", 1)[0] for stem in SCHEMAS.values() for schema in stem.OPS)  # such as "adam_"
+
 # Stems without a folder in csrc/: they run on their references everywhere, and nobody is warned.
 REFERENCE_ONLY: frozenset[str] = frozenset()
 

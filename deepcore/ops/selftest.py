@@ -20,15 +20,18 @@ _RELATIVE, _ABSOLUTE = 1e-5, 1e-7  # a wrong kernel is wrong by far more
 _RAMP = torch.arange(_NUMEL, dtype=torch.float32).sub_(30).mul_(0.03125)
 
 
-def failing(op: str, device: str) -> str:
-    """Run one op on the device and compare; "" if it agrees with its reference, else what is wrong."""
+def failing(op: str, device: str, call: Callable[..., object] | None = None) -> str:
+    """Run one op on the device and compare; "" if it agrees with its reference, else what is wrong.
+
+    ``call``: how to call it, if not through the dispatcher.
+    """
     make = ARGUMENTS.get(op)
     if make is None:
         return ""
     expected, got = make(torch.device("cpu")), make(torch.device(device))
     expected_out = reference(op)(*expected)
     try:
-        got_out = getattr(torch.ops.deepcore, op)(*got)
+        got_out = (call or getattr(torch.ops.deepcore, op))(*got)
     except RuntimeError as error:
         return f"it raised {str(error).splitlines()[0]}"
     for want, have in zip(_tensors([*expected, expected_out]), _tensors([*got, got_out]), strict=True):

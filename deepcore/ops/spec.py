@@ -145,11 +145,18 @@ def cpu_library(root: Path, *, avx512: bool = True) -> LibrarySpec:
     """
     sets = dict(INSTRUCTION_SETS.get(platform.machine(), {"scalar": ()}))
     without = () if avx512 or sets.pop("avx512", None) is None else (_WITHOUT_AVX512,)
-    units = _together(root, "torch/{stem}_cpu.cpp", "bindings.o", (*BINDING_FLAGS, *without))
+    units = _together(root, "torch/{stem}_cpu.cpp", "bindings.o", (*BINDING_FLAGS, *_direct_flags(), *without))
     for isa, flags in sets.items():
         every = (*CPU_FLAGS, *without, *flags, f"-DDEEPCORE_ISA={isa}")
         units += _together(root, "{stem}/{stem}_cpu.cpp", f"kernels_{isa}.o", every)
     return _checked(LibrarySpec("cpu", root, tuple(units), _LINK_FLAGS["cpu"]))
+
+
+def _direct_flags() -> tuple[str, ...]:
+    """What lets Python call bindings directly: its headers, of the part that every later Python keeps."""
+    include = Path(sysconfig.get_path("include"))
+    free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # has no such part
+    return () if free_threaded or not (include / "Python.h").is_file() else ("-DDEEPCORE_DIRECT", f"-I{include}")
 
 
 def _together(root: Path, pattern: str, output: str, flags: tuple[str, ...]) -> list[Unit]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deepcore.ops import direct
 from deepcore.optim.ranges import require_at_least_zero
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 from deepcore.sharding.segments import SegmentBatch
@@ -64,7 +65,7 @@ class FusedAdagrad(SegmentOptimizer):
         return [float(group[name]) for name in ("lr", "lr_decay", "eps", "weight_decay")]
 
     def launch(self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
-        torch.ops.deepcore.adagrad_.default(
+        direct.adagrad_(
             batch.params,
             batch.grads,
             batch.states["sum"],

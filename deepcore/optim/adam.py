@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deepcore.errors import ConfigError
+from deepcore.ops import direct
 from deepcore.optim.ranges import out_of_range, require_at_least_zero, require_betas
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 from deepcore.sharding.segments import SegmentBatch
@@ -129,11 +130,11 @@ class FusedAdam(SegmentOptimizer):
         if self.stochastic_rounding and batch.params[0].dtype == torch.bfloat16:
             assert not batch.copies, "bf16 weights are their own masters"
             seed = self._seed_on(batch.steps.device)
-            torch.ops.deepcore.adam_stochastic_.default(*lists, *tables, batch.table.origins, seed)
+            direct.adam_stochastic_(*lists, *tables, batch.table.origins, seed)
             return
         if self.stochastic_rounding and self._arena is None:
             self.require_bf16(param.dtype for group in self.param_groups for param in group["params"])
-        torch.ops.deepcore.adam_.default(*lists, batch.copies, *tables)
+        direct.adam_(*lists, batch.copies, *tables)
 
     def _seed_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._seeds:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deepcore.errors import ConfigError
+from deepcore.ops import direct
 from deepcore.optim.ranges import require_at_least_zero, require_betas
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 from deepcore.sharding.segments import SegmentBatch
@@ -105,7 +106,7 @@ class FusedLamb(SegmentOptimizer):
         self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor
     ) -> torch.Tensor:
         squares = torch.empty(len(batch.table), 2, dtype=torch.float64, device=batch.steps.device)
-        torch.ops.deepcore.lamb_moments_.default(
+        direct.lamb_moments_(
             batch.params,
             batch.grads,
             *_states(batch),
@@ -126,7 +127,7 @@ class FusedLamb(SegmentOptimizer):
         norms = squares.sqrt()
         usable = (norms > 0).all(dim=1)
         ratios = (norms[:, 0] / norms[:, 1]).clamp(bounds[:, 0], bounds[:, 1])
-        torch.ops.deepcore.lamb_apply_.default(
+        direct.lamb_apply_(
             batch.params,
             *_states(batch),
             batch.copies,

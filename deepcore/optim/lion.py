@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deepcore.ops import direct
 from deepcore.optim.ranges import require_at_least_zero, require_betas
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 from deepcore.sharding.segments import SegmentBatch
@@ -55,7 +56,7 @@ class FusedLion(SegmentOptimizer):
         return [float(group["lr"]), float(beta1), float(beta2), float(group["weight_decay"])]
 
     def launch(self, batch: SegmentBatch, hyper: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
-        torch.ops.deepcore.lion_.default(
+        direct.lion_(
             batch.params,
             batch.grads,
             batch.states["exp_avg"],

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deepcore.ops import direct
 from deepcore.sharding.memory import on_device
 from deepcore.sharding.segments import Segment, SegmentBatch, SegmentTable
 
@@ -69,7 +70,7 @@ class Matrices:
         """
         batch, indices = self._batch, self._indices
         updates = [_stored(matrix, param) for matrix, param in zip(into, self._params, strict=True)]
-        torch.ops.deepcore.muon_momentum_.default(
+        direct.muon_momentum_(
             updates,
             [batch.grads[index] for index in indices],
             [batch.states["momentum_buffer"][index] for index in indices],
@@ -90,7 +91,7 @@ class Matrices:
             else _stored(matrix, param).copy_(matrix.view(param.shape))
             for matrix, param in zip(ortho, self._params, strict=True)
         ]
-        torch.ops.deepcore.muon_apply_.default(
+        direct.muon_apply_(
             self._params,
             moved,
             [self._batch.copies[index] for index in self._indices] if self._batch.copies else [],

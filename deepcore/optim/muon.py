@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from deepcore.errors import ConfigError
+from deepcore.ops import direct
 from deepcore.optim.matrices import Matrices, Plans
 from deepcore.optim.orthogonal import METHODS, orthogonalize
 from deepcore.optim.ranges import out_of_range, require_at_least_zero, require_betas, require_fraction
@@ -150,7 +151,7 @@ class Muon(SegmentOptimizer):
         if batch.family == MATRICES:
             self._launch_matrices(batch, hyper, grad_scale, skip)
             return
-        torch.ops.deepcore.adam_.default(
+        direct.adam_(
             batch.params,
             batch.grads,
             batch.states["exp_avg"],

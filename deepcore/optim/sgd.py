@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deepcore.errors import ConfigError
+from deepcore.ops import direct
 from deepcore.optim.ranges import require_at_least_zero
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 from deepcore.sharding.segments import SegmentBatch
@@ -79,7 +80,7 @@ class FusedSGD(SegmentOptimizer):
                 expected="some momentum from the first step on",
                 do="build the optimizer with momentum > 0, however small",
             )
-        torch.ops.deepcore.sgd_.default(
+        direct.sgd_(
             batch.params,
             batch.grads,
             buffers,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from deepcore.ops import direct
+
 
 @dataclass(frozen=True)
 class ScalerSettings:
@@ -62,7 +64,7 @@ class LossScaler:
         settings = self.settings
         if self.state is None or settings is None or not settings.dynamic:
             return
-        torch.ops.deepcore.loss_scale_update_.default(
+        direct.loss_scale_update_(
             self.state, skip, settings.window, settings.hysteresis, settings.consecutive, settings.minimum
         )
         self.inverse = self.state[:1].reciprocal()

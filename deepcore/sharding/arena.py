@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from deepcore.ops import direct
 from deepcore.sharding.file_store import FileColumn
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.loose import LooseGradients
@@ -208,7 +209,7 @@ class ShardArena(UpdateArena):
         self.rewritten(number)
         if last and mine:
             table = self.loose.table([number])
-            self.passed[number] = torch.ops.deepcore.grad_stats.default(mine, table.rows, table.chunk_offsets)[0]
+            self.passed[number] = direct.grad_stats(mine, table.rows, table.chunk_offsets)[0]
         return live
 
     def _sum(
@@ -216,12 +217,10 @@ class ShardArena(UpdateArena):
     ) -> None:
         self.rewritten(number)
         if not last:
-            torch.ops.deepcore.bucket_sum_.default(shard, parts, keep, divisor)
+            direct.bucket_sum_(shard, parts, keep, divisor)
             return
         table, _ = self.table_of([number])
-        self.passed[number] = torch.ops.deepcore.bucket_sum_squares_.default(
-            shard, parts, keep, divisor, table.rows, table.chunk_offsets
-        )
+        self.passed[number] = direct.bucket_sum_squares_(shard, parts, keep, divisor, table.rows, table.chunk_offsets)
 
     def rewritten(self, number: int) -> None:
         """Gradients of group ``number`` were written: what was seen of them in passing is old."""
@@ -242,7 +241,7 @@ class ShardArena(UpdateArena):
                 grads = [self.grads[number] for number in members]
             else:
                 table = self.loose.table(members)
-            squares, summary = torch.ops.deepcore.grad_stats.default(grads, table.rows, table.chunk_offsets)
+            squares, summary = direct.grad_stats(grads, table.rows, table.chunk_offsets)
             yield params_of, squares, summary[0]
 
     @property

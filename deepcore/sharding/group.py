@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from deepcore.errors import LayoutError
+from deepcore.ops import direct
 from deepcore.sharding import scattered
 from deepcore.sharding.file_store import FileColumn
 from deepcore.sharding.layout import ShardLayout, is_dense
@@ -71,7 +72,7 @@ class FlatGroup:
     def adopt(self) -> None:
         """Move the parameters' values into ``full`` and make each parameter a view of it, strides kept."""
         whole = [index for index, param in enumerate(self.params) if scattered.find(param) is None]
-        torch.ops.deepcore.flatten_.default(self.full, [self.params[index].data for index in whole], self.starts[whole])
+        direct.flatten_(self.full, [self.params[index].data for index in whole], self.starts[whole])
         for param, slot in zip(self.params, self.layout.slots, strict=True):
             if scattered.find(param) is not None:  # one at a time: what is whole of them is in ``full``
                 self.full[slot.start : slot.end].copy_(scattered.take_over(param))

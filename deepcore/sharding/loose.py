@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from deepcore.ops import direct
 from deepcore.sharding.group import FlatGroup
 from deepcore.sharding.segments import Segment, SegmentTable
 
@@ -102,7 +103,7 @@ class LooseGradients:
             if each in self._held:
                 tensors, packed = self._held.pop(each)
                 with torch.no_grad():
-                    torch.ops.deepcore.flatten_.default(self._flats[each], tensors, self._groups[each].starts)
+                    direct.flatten_(self._flats[each], tensors, self._groups[each].starts)
                 packed()
 
     def clear(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from deepcore.errors import UsageError
+from deepcore.ops import direct
 from deepcore.sharding.group import FlatGroup
 
 
@@ -37,7 +38,7 @@ def pack_gradients(group: FlatGroup, chosen: Sequence[int], flat: torch.Tensor) 
         indices.append(index)
     for grads, indices in by_dtype.values():
         starts = group.starts if len(indices) == len(group.starts) else group.starts[indices]
-        torch.ops.deepcore.flatten_.default(flat, grads, starts)
+        direct.flatten_(flat, grads, starts)
 
 
 def pack_group(group: FlatGroup, flat: torch.Tensor) -> list[bool]:

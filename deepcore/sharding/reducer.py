@@ -13,6 +13,7 @@ import torch
 
 from deepcore.comm.collectives import Work
 from deepcore.comm.mesh import Axis
+from deepcore.ops import direct
 from deepcore.sharding.memory import lazy_zeros
 
 _POLL = 5e-5  # seconds between two looks at a collective
@@ -114,7 +115,7 @@ class GradReducer:
         own = flat[self.axis.rank * numel : (self.axis.rank + 1) * numel]
 
         def complete() -> None:
-            torch.ops.deepcore.bucket_sum_.default(own, landing, False, divisor)
+            direct.bucket_sum_(own, landing, False, divisor)
             self.buffers.give(landing)
             if wire is not flat:
                 self.buffers.give(wire)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepcore.ops import load
+from deepcore.ops import direct, load
 from deepcore.sharding.arena import ShardArena
 from deepcore.sharding.file_store import FileColumn
 from deepcore.sharding.group import FlatGroup
@@ -241,7 +241,7 @@ class _Inbox:
         """The squares of a shard that is on the host, per segment."""
         table, _ = self._arena.table_of([number])
         shard = self._arena.grads[number].to(self._arena.device)
-        squares: torch.Tensor = torch.ops.deepcore.grad_stats.default([shard], table.rows, table.chunk_offsets)[0]
+        squares: torch.Tensor = direct.grad_stats([shard], table.rows, table.chunk_offsets)[0]
         return squares
 
     def arrive(self, number: int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from deepcore.comm.collectives import Work
 from deepcore.comm.mesh import Axis
+from deepcore.ops import direct
 
 Slices = Sequence[Sequence[torch.Tensor]]  # per rank of the axis, 1-D tensors
 
@@ -34,7 +35,7 @@ class Exchange:
         """Pack and begin to send; the slices to send may be written again, those to receive may not be read yet."""
         self._wire = self._like.new_empty(sum(self._in_splits))
         self._landing = self._like.new_empty(sum(self._out_splits))
-        torch.ops.deepcore.flatten_.default(self._wire, self._sends, self._send_starts)
+        direct.flatten_(self._wire, self._sends, self._send_starts)
         if self._like.device != self._axis.device:  # slices are offloaded: they travel through the device
             self._wire, self._landing = self._wire.to(self._axis.device), self._landing.to(self._axis.device)
         self._work = self._axis.all_to_all_into(
@@ -45,7 +46,7 @@ class Exchange:
         """Complete what was launched."""
         assert self._work is not None
         self._work.wait()
-        torch.ops.deepcore.unflatten_.default(self._receives, self._landing.to(self._like.device), self._receive_starts)
+        direct.unflatten_(self._receives, self._landing.to(self._like.device), self._receive_starts)
         self._work, self._wire, self._landing = None, self._like.new_empty(0), self._like.new_empty(0)
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from deepcore import ops
-from deepcore.ops import library, schemas, selftest
+from deepcore.ops import schemas, selftest
 
 ISAS = {"x86_64": ("scalar", "avx2", "avx512"), "aarch64": ("neon",)}.get(platform.machine(), ("scalar",))
-NATIVE_OPS = tuple(op for op in library.op_names() if selftest.stem(op) not in schemas.REFERENCE_ONLY)
+NATIVE_OPS = tuple(op for op in schemas.NAMES if selftest.stem(op) not in schemas.REFERENCE_ONLY)
 COMPILERS = ("c++", "g++", "clang++")
 
 
