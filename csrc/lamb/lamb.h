@@ -23,7 +23,7 @@ struct LambMomentsArgs : UpdateArgs {
 };
 
 struct LambApplyArgs : UpdateArgs {
-    const double* ratios;  // (num_segments,)
+    const double* squares;  // (num_segments, 2), of the whole tensor that a segment belongs to
 };
 
 // prepare: segments [begin, end); that of the moments also advances their steps. chunks and apply: chunks [begin, end).

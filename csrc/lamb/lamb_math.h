@@ -22,7 +22,7 @@ DEEPCORE_FN V lamb_update(V p, V m, V v, const LambFactors<V>& f, Form form) {
 }
 
 struct LambMoments {
-    enum Column { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kBiasCorrection, kColumns = 8 };  // as in reference/lamb.py
+    enum Column { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kBiasCorrection, kMinCoeff, kMaxCoeff, kColumns };
     static constexpr int kStates = 2, kForms = 2;
     using Scalars = LambScalars;
     template <class V>
@@ -91,6 +91,14 @@ struct LambApply {
     }
 };
 
+// By how much a tensor trusts its update. row: of hyperparameters; squares: the sums over the weights and the update.
+DEEPCORE_FN double lamb_trust_ratio(const double* row, const double* squares) {
+    const double weights = sqrt(squares[0]), update = sqrt(squares[1]);
+    if (!(weights > 0 && update > 0)) return 1;
+    const double ratio = weights / update, least = row[LambMoments::kMinCoeff], most = row[LambMoments::kMaxCoeff];
+    return ratio < least ? least : ratio > most ? most : ratio;
+}
+
 // One segment of the second pass: `steps` hold what the first pass has counted.
 DEEPCORE_FN void prepare_lamb_apply(const LambApplyArgs& args, int64_t index) {
     LambScalars& scalars = static_cast<LambScalars*>(args.scalars)[index];
@@ -98,7 +106,7 @@ DEEPCORE_FN void prepare_lamb_apply(const LambApplyArgs& args, int64_t index) {
     if (*args.skip != 0 || args.active[index] == 0) return;
     const double* row = args.hyper + args.segments[index].hyper * LambMoments::kColumns;
     scalars = LambMoments::scalars(row, args.steps[index], 1, LambMoments::kStates);
-    scalars.step_size = static_cast<float>(row[LambMoments::kLr] * args.ratios[index]);
+    scalars.step_size = static_cast<float>(row[LambMoments::kLr] * lamb_trust_ratio(row, args.squares + 2 * index));
 }
 
 }  // namespace deepcore

@@ -10,7 +10,17 @@ using namespace deepcore_test;
 namespace {
 
 constexpr double kRows[] = {1e-2, 0.9, 0.999, 1e-6, 0.1, 1, 0, 10, 3e-3, 0.8, 0.95, 1e-8, 0, 0, 0, 10};
+constexpr double kSquares[] = {1, 4, 9, 1, 0, 0};
 constexpr double kRatios[] = {0.5, 3, 1};
+
+void trust_ratio_keeps_its_bounds() {
+    const double row[LambMoments::kColumns] = {1, 0, 0, 0, 0, 0, 0.5, 2};
+    const double pairs[][2] = {{4, 4}, {0, 1}, {1, 0}, {NAN, 1}, {1, 1e6}, {1e6, 1}, {9, 4}};
+    const double expected[] = {1, 1, 1, 1, 0.5, 2, 1.5};
+    for (int i = 0; i < 7; ++i) CHECK(lamb_trust_ratio(row, pairs[i]) == expected[i]);
+    const double unbounded[] = {INFINITY, INFINITY};
+    CHECK(isnan(lamb_trust_ratio(row, unbounded)));
+}
 
 struct Expected {
     State moments, applied;
@@ -70,7 +80,7 @@ void variant_gives_the_bits_of_the_formulas() {
 
         LambApplyArgs apply;
         static_cast<UpdateArgs&>(apply) = common;
-        apply.ratios = kRatios;
+        apply.squares = kSquares;
         DEEPCORE_PICK(lamb_apply_prepare)(apply, 0, 3);
         for (int64_t chunk = 0; chunk < 4; chunk += step) DEEPCORE_PICK(lamb_apply_chunks)(apply, chunk, chunk + step);
         CHECK(same(state.p, expected.applied.p) && same(state.copy, expected.applied.copy));
@@ -81,6 +91,7 @@ void variant_gives_the_bits_of_the_formulas() {
 }  // namespace
 
 int main() {
+    trust_ratio_keeps_its_bounds();
     CHECK(for_each_variant([](const char*) { variant_gives_the_bits_of_the_formulas(); }) > 0);
     return result();
 }

@@ -31,12 +31,13 @@ inline LambMomentsCall lamb_moments_call(const UpdateLists& lists, const UpdateT
     return {std::move(call), std::move(partials), args};
 }
 
-inline LambApplyCall lamb_apply_call(const UpdateLists& lists, const UpdateTables& tables, const Tensor& ratios,
+inline LambApplyCall lamb_apply_call(const UpdateLists& lists, const UpdateTables& tables, const Tensor& squares,
                                      Device device) {
     UpdateCall call = update_call(lists, tables, LambMoments::kColumns, sizeof(LambScalars), device);
     LambApplyArgs args = {};
     static_cast<UpdateArgs&>(args) = call.args;
-    args.ratios = table_of<const double>("ratios", ratios, ScalarType::Double, {call.args.num_segments}, device);
+    const int64_t rows = call.args.num_segments;
+    args.squares = table_of<const double>("squares", squares, ScalarType::Double, {rows, 2}, device);
     return {std::move(call), args};
 }
 

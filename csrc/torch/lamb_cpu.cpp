@@ -25,10 +25,10 @@ void lamb_moments_(const TensorList& params, const TensorList& grads, const Tens
 
 void lamb_apply_(const TensorList& params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
                  const TensorList& copies, const Tensor& segments, const Tensor& chunk_offsets, const Tensor& hyper,
-                 const Tensor& steps, const Tensor& active, const Tensor& ratios, const Tensor& skip) {
+                 const Tensor& steps, const Tensor& active, const Tensor& squares, const Tensor& skip) {
     const LambApplyCall call =
         lamb_apply_call({params, nullptr, copies, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}},
-                        {segments, chunk_offsets, hyper, steps, active, nullptr, skip}, ratios, cpu_device());
+                        {segments, chunk_offsets, hyper, steps, active, nullptr, skip}, squares, cpu_device());
     DEEPCORE_PICK(lamb_apply_prepare)(call.args, 0, call.args.num_segments);
     const auto chunks = DEEPCORE_PICK(lamb_apply_chunks);
     parallel_for(call.call.num_chunks, 1, [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });

@@ -22,11 +22,11 @@ void lamb_moments_(const TensorList& params, const TensorList& grads, const Tens
 
 void lamb_apply_(const TensorList& params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
                  const TensorList& copies, const Tensor& segments, const Tensor& chunk_offsets, const Tensor& hyper,
-                 const Tensor& steps, const Tensor& active, const Tensor& ratios, const Tensor& skip) {
+                 const Tensor& steps, const Tensor& active, const Tensor& squares, const Tensor& skip) {
     const Device device = cuda_device_of("segments", segments);
     const LambApplyCall call =
         lamb_apply_call({params, nullptr, copies, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}},
-                        {segments, chunk_offsets, hyper, steps, active, nullptr, skip}, ratios, device);
+                        {segments, chunk_offsets, hyper, steps, active, nullptr, skip}, squares, device);
     launch_on(device, "lamb_apply_", [&](void* stream) { return launch_lamb_apply(call.args, stream); });
 }
 

@@ -149,8 +149,8 @@ def _lamb_moments(device: torch.device) -> Arguments:
 def _lamb_apply(device: torch.device) -> Arguments:
     params, _, exp_avgs, exp_avg_sqs, _, copies, segments, offsets, _, steps, active, _, skip = _adam(device)
     hyper = torch.tensor([_LAMB], dtype=torch.float64, device=device)
-    ratios = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device)
-    return [params, exp_avgs, exp_avg_sqs, copies, segments, offsets, hyper, steps, active, ratios, skip]
+    squares = torch.tensor([[1.0, 4.0], [4.0, 1.0]], dtype=torch.float64, device=device)
+    return [params, exp_avgs, exp_avg_sqs, copies, segments, offsets, hyper, steps, active, squares, skip]
 
 
 _MUON = [0.01, 0.95, 1.0, 0.1, 0.0, 0.0, 0.0, 0.0]

@@ -123,10 +123,6 @@ class FusedLamb(SegmentOptimizer):
 
     def _apply(self, batch: SegmentBatch, hyper: torch.Tensor, squares: torch.Tensor, skip: torch.Tensor) -> None:
         """Second pass over a batch; ``squares`` (S, 2) are those of the whole tensors."""
-        bounds = hyper[batch.table.hyper, -2:]
-        norms = squares.sqrt()
-        usable = (norms > 0).all(dim=1)
-        ratios = (norms[:, 0] / norms[:, 1]).clamp(bounds[:, 0], bounds[:, 1])
         direct.lamb_apply_(
             batch.params,
             *_states(batch),
@@ -136,7 +132,7 @@ class FusedLamb(SegmentOptimizer):
             hyper,
             batch.steps,
             batch.active,
-            torch.where(usable, ratios, 1.0),
+            squares,
             skip,
         )
 

@@ -59,11 +59,6 @@ class SegmentTable:
     def __len__(self) -> int:
         return len(self.segments)
 
-    @property
-    def hyper(self) -> torch.Tensor:
-        """int64 (S,) on the device: the hyperparameter row of each segment."""
-        return self.rows[:, HYPER]
-
     @cached_property
     def origins(self) -> torch.Tensor:
         """int64 (S, 2) on the device: of each segment its parameter, as a number below 2^32, and ``offset``.

@@ -1,10 +1,11 @@
 """Owns the comparison of the native ``lamb_moments_`` and ``lamb_apply_`` with their references, bit for bit.
 
-Knows nothing of trust ratios; ``reference/lamb.py`` holds the formulas.
+Knows nothing of whole tensors; ``reference/lamb.py`` holds the formulas.
 """
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from deepcore.ops.reference.segments import CHUNK_NUMEL
 from tests.kernels.tables import FLOATS, table
 from tests.kernels.update_cases import FP32, Call, Dtypes, call
-from tests.kernels.update_contract import UpdateContract
+from tests.kernels.update_contract import UpdateContract, compare
 
 ROWS = (
     (1e-2, 0.9, 0.999, 1e-6, 0.1, 1.0, 0.01, 10.0),
@@ -73,9 +74,17 @@ def test_cut_tensors_give_the_sums_of_their_parts(best: str) -> None:
     torch.testing.assert_close(parts.sum(0, keepdim=True), whole, rtol=1e-12, atol=0)
 
 
-def test_wrong_sums_and_ratios_are_named(best: str) -> None:
-    for op, name in (("lamb_moments_", "squares"), ("lamb_apply_", "ratios")):
+@pytest.mark.parametrize("squares", [(0, 1), (1, 0), (1, 1e9), (1e9, 1), (4, 1), (math.nan, 1), (math.inf, 1)])
+def test_trust_ratio_keeps_its_bounds(isa: str, squares: tuple[float, float]) -> None:
+    one = call("lamb_apply_", ROWS, (40,))
+    one.arguments["steps"] += 1
+    one.arguments["squares"] = torch.tensor([squares], dtype=torch.float64)
+    compare(one)
+
+
+def test_wrong_sums_are_named(best: str) -> None:
+    for op in ("lamb_moments_", "lamb_apply_"):
         one = call(op, ROWS, (10, 5))
-        one.arguments[name] = torch.zeros(3, dtype=torch.float64)
-        with pytest.raises(RuntimeError, match=rf"{name}: got float64 \(3,\)"):
+        one.arguments["squares"] = torch.zeros(3, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match=r"squares: got float64 \(3,\)"):
             one.native()

@@ -91,7 +91,7 @@ def call(
         "active": lambda: torch.ones(many, dtype=torch.uint8),
         "grad_scale": lambda: torch.tensor([0.37]),
         "skip": lambda: torch.zeros(1),
-        "squares": lambda: torch.full((many, 2), 7.0, dtype=torch.float64),
+        "squares": lambda: torch.linspace(0.0, 9.0, 2 * many, dtype=torch.float64).view(many, 2),
         "ratios": lambda: torch.linspace(0.25, 4.0, many, dtype=torch.float64),
     }
     return Call(op, {argument.name: make[argument.name]() for argument in schema(op).arguments})

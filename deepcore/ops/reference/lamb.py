@@ -1,6 +1,6 @@
 """Owns the references of ``lamb_moments_`` and ``lamb_apply_``: LAMB (You et al. 2020) in two passes.
 
-Knows nothing of whole tensors: a trust ratio belongs to one, and the caller completes it between the passes.
+Knows nothing of whole tensors: a trust ratio belongs to one, and the caller completes its sums between the passes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from deepcore.ops.reference.segments import due, gradients
 from deepcore.ops.reference.segments import flat as memory_of
 
-HYPER_COLUMNS = 8  # fp64 columns of a hyperparameter row (the last two bound the ratio, which is the caller's):
+HYPER_COLUMNS = 8  # fp64 columns of a hyperparameter row; the last two bound the trust ratio:
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, BIAS_CORRECTION, MIN_COEFF, MAX_COEFF = range(HYPER_COLUMNS)
 
 
@@ -75,13 +75,14 @@ def lamb_apply_(
     hyper: torch.Tensor,
     steps: torch.Tensor,
     active: torch.Tensor,
-    ratios: torch.Tensor,
+    squares: torch.Tensor,
     skip: torch.Tensor,
 ) -> None:
     """Second pass: the update of the first, times learning rate and trust ratio.
 
     In fp32, with u as in ``lamb_moments_`` and t = steps, which the first pass has counted::
 
+        ratio = |p| / |u|, kept within the row's bounds; 1 where a norm is 0 or nan
         p = p - (lr * ratio) * u                 lr * ratio computed in fp64, rounded to fp32 once
 
     p is rounded to the parameter's dtype (nearest even) when stored.
@@ -89,18 +90,27 @@ def lamb_apply_(
     Args:
         params: T dense tensors of one dtype (fp32, bf16, fp16), updated in place.
         exp_avgs, exp_avg_sqs: T dense fp32 tensors, read only.
-        ratios: fp64 (S,) on the device, the trust ratio of each segment's tensor.
+        squares: fp64 (S, 2) on the device, the first pass's sums, completed over all of each segment's tensor.
         copies, segments, chunk_offsets, hyper, steps, active, skip: see ``lamb_moments_`` and ``adam_``.
     """
-    table, trust = hyper.tolist(), ratios.tolist()
+    table, norms = hyper.tolist(), squares.sqrt().tolist()
     for index, tensor, part, row, t in due(segments, steps, active, skip, count=False):
         stored = memory_of(params[tensor])[part]
         m, v = memory_of(exp_avgs[tensor])[part], memory_of(exp_avg_sqs[tensor])[part]
         p = stored.float()
-        p = p - _update(p, m, v, table[row], t) * (table[row][LR] * trust[index])
+        p = p - _update(p, m, v, table[row], t) * (
+            table[row][LR] * _trust_ratio(*norms[index], *table[row][MIN_COEFF:])
+        )
         stored.copy_(p)
         if copies:
             memory_of(copies[tensor])[part].copy_(p)
+
+
+def _trust_ratio(weights: float, update: float, least: float, most: float) -> float:
+    if not (weights > 0 and update > 0):
+        return 1.0
+    ratio = weights / update
+    return least if ratio < least else most if ratio > most else ratio
 
 
 def _update(p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, hyper: list[float], t: float) -> torch.Tensor:
@@ -121,6 +131,6 @@ OPS = {
     "Tensor chunk_offsets, Tensor hyper, Tensor(c!) steps, Tensor active, Tensor grad_scale, Tensor skip, "
     "Tensor(d!) squares) -> ()": lamb_moments_,
     "lamb_apply_(Tensor(a!)[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor(b!)[] copies, Tensor segments, "
-    "Tensor chunk_offsets, Tensor hyper, Tensor steps, Tensor active, Tensor ratios, Tensor skip) -> ()": lamb_apply_,
+    "Tensor chunk_offsets, Tensor hyper, Tensor steps, Tensor active, Tensor squares, Tensor skip) -> ()": lamb_apply_,
 }
 FAKES = {"lamb_moments_": _fake, "lamb_apply_": _fake}
