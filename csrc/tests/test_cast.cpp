@@ -31,10 +31,7 @@ void variant_rounds_to_nearest(const std::vector<float>& values, DType dtype) {
         const CastArgs args = {dtype, DType::f32, out.data() + 1, values.data(), kNumel, nullptr, streaming};
         DEEPCORE_PICK(cast_range)(args, 0, 2000);
         DEEPCORE_PICK(cast_range)(args, 2000, kNumel);
-        for (int64_t i = 0; i <= kNumel; ++i) {
-            const bool nan = i > 0 && isnan(values[i - 1]);
-            CHECK(nan || memcmp(&out[i], &expected[i], sizeof(To)) == 0);
-        }
+        CHECK(memcmp(out.data(), expected.data(), out.size() * sizeof(To)) == 0);
     }
 }
 

@@ -65,7 +65,10 @@ template <class T>
 void bits_are_those_of_plain_lanes(DType dtype) {
     deepcore_test::Random random;
     std::vector<T> grad(2 * kChunkNumel + 1000);
-    for (T& x : grad) store(&x, random.uniform());
+    for (T& x : grad) {
+        store(&x, random.uniform());
+        if constexpr (sizeof(T) == 2) x.bits = random.bits() & 0xbfff;  // any number below 2, subnormals too
+    }
     const auto numel = static_cast<int64_t>(grad.size());
     const int64_t begins[] = {1, 1 + kChunkNumel, 1 + 2 * kChunkNumel, 4 + 2 * kChunkNumel, 0};
     const int64_t ends[] = {begins[1], begins[2], begins[3], numel - 1, 1};

@@ -1,6 +1,8 @@
-// Owns running a test on every CPU variant that this processor has.
+// Owns running a test on every CPU variant that this processor has, and saying which.
 // Knows nothing of the kernels.
 #pragma once
+
+#include <stdio.h>
 
 #include "core/cpu_dispatch.h"
 
@@ -12,6 +14,7 @@ int for_each_variant(const Test& test) {
     for (int index = 0; index < deepcore::kNumIsas; ++index) {
         const char* name = deepcore::isa_name(static_cast<deepcore::Isa>(index));
         if (!deepcore::choose_isa(name)) continue;
+        printf("variant: %s\n", name);
         test(name);
         ++variants;
     }
