@@ -21,12 +21,12 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train test parity csrc-test pytest ops lint format bench wheel gpu clean
+.PHONY: help venv train test parity csrc-test csrc-test-neon pytest ops lint format bench wheel gpu clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$(printf '\t') read -r target text; do \
-	    printf '  %-10s %s\n' "$$target" "$$text"; done
+	    printf '  %-16s %s\n' "$$target" "$$text"; done
 	@echo "variables:"
 	@echo "  NPROC=n         ranks of make train (default: one per GPU, or 2 on the CPU)"
 	@echo "  CONFIG=file     its config (default: examples/bytelm/config.json, or config_fp32.json on a CPU without bfloat16)"
@@ -129,6 +129,11 @@ csrc-test: $(VENV)/test.stamp
 	    $(RUN) cmake --build $(BUILD) && \
 	    $(RUN) ctest --test-dir $(BUILD) --output-on-failure; \
 	fi
+
+csrc-test-neon: $(VENV)/test.stamp ## Build the C++ core for 64-bit Arm and test it under qemu, on any machine
+	@$(RUN) cmake -S . -B $(BUILD)-neon -G Ninja --toolchain csrc/tests/aarch64.cmake --no-warn-unused-cli --log-level=WARNING
+	@$(RUN) cmake --build $(BUILD)-neon
+	@$(RUN) ctest --test-dir $(BUILD)-neon --output-on-failure
 
 pytest: $(VENV)/test.stamp ops
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
