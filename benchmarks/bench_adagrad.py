@@ -1,4 +1,4 @@
-"""Owns the benchmark of the adagrad stem: one step of ``FusedAdagrad``, beside torch's.
+"""Owns the benchmark of the adagrad stem: one step of ``FusedAdagrad``, beside torch's and DeepSpeed's.
 
 Knows nothing of the formula.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import updates
+from benchmarks import deepspeed_cpu, updates
 from benchmarks.harness import Options, Result
 from deepcore.optim.adagrad import FusedAdagrad
 
@@ -21,6 +21,7 @@ SUBJECT = updates.Subject(
         "torch foreach": lambda params: torch.optim.Adagrad(params, lr=1e-3, foreach=True).step,
     },
     num_states=1,
+    deepspeed=lambda params, options: deepspeed_cpu.adagrad(params, options, lr=1e-3),
 )
 
 

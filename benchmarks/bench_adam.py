@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import tensors, traffic
+from benchmarks import deepspeed_cpu, tensors, traffic
 from benchmarks.harness import OURS, Options, Result, at_threads, compare
 from deepcore.optim.adam import FusedAdam
 from deepcore.optim.hyper import HyperTable
@@ -27,8 +27,9 @@ def bench(options: Options) -> Iterator[Result]:
         if options.device == "cuda":
             numels = [max(1, numel // 2) for numel in numels]  # four buffers of each
         step = Step(numels, options)
+        runs = {**step.runs(), **deepspeed_cpu.adam(step.params, options, **HYPER)}
         for threads in at_threads(options):
-            yield _measure(f"step {case}", step.runs(), numels, options, threads)
+            yield _measure(f"step {case}", runs, numels, options, threads)
     numel = tensors.large_numel(options) // 2
     runs = without_masters(numel, options)
     for threads in at_threads(options):
@@ -49,7 +50,9 @@ def _measure(
     if case.endswith("large"):
         flats = [torch.zeros(numel, device=device) for _ in range(4)]
         limit = traffic.update(flats[0], flats[1], flats[2:])
-    return compare("adam", case, runs, options, params=params, nbytes=28 * numel, limit=limit)
+    found = compare("adam", case, runs, options, params=params, nbytes=28 * numel, limit=limit)
+    found.notes += deepspeed_cpu.absent(options)
+    return found
 
 
 def torch_adamw(

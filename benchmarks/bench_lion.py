@@ -1,4 +1,5 @@
-"""Owns the benchmark of the lion stem: one step of ``FusedLion``, beside its formula in torch's foreach functions.
+"""Owns the benchmark of the lion stem: one step of ``FusedLion``, beside its formula in torch's foreach functions
+and DeepSpeed's.
 
 Knows nothing of kernels.
 """
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import updates
+from benchmarks import deepspeed_cpu, updates
 from benchmarks.harness import Options, Result
 from deepcore.optim.lion import FusedLion
 
@@ -36,6 +37,7 @@ SUBJECT = updates.Subject(
     lambda params: FusedLion(params, lr=LR, betas=(BETA1, BETA2)),
     {"torch foreach": foreach},
     num_states=1,
+    deepspeed=lambda params, options: deepspeed_cpu.lion(params, options, lr=LR, betas=(BETA1, BETA2)),
 )
 
 

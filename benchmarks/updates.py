@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import tensors, traffic
+from benchmarks import deepspeed_cpu, tensors, traffic
 from benchmarks.harness import OURS, Limit, Options, Result, at_threads, compare
 from deepcore.optim.segment_optimizer import SegmentOptimizer
 
@@ -26,6 +26,7 @@ class Subject:
         ours: makes our optimizer.
         peers: make the steps of what users have, by name; each keeps state of its own.
         num_states: fp32 tensors of a parameter's state, read and written.
+        deepspeed: makes the step of DeepSpeed's own, where it has one.
         extra: bytes an element that a second pass moves.
         limit: the machine's own speed, from parameter, gradient and states of one size.
     """
@@ -34,6 +35,7 @@ class Subject:
     ours: Callable[[Params], SegmentOptimizer]
     peers: dict[str, Callable[[Params], Callable[[], object]]]
     num_states: int
+    deepspeed: Callable[[Params, Options], deepspeed_cpu.Steps] | None = None
     extra: int = 0
     limit: Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], Limit] = traffic.update
 
@@ -53,6 +55,8 @@ def bench(subject: Subject, options: Options) -> Iterator[Result]:
             param.grad = tensors.normal(numel, options, scale=1e-3)
         runs: dict[str, Callable[[], object]] = {OURS: subject.ours(params).step}
         runs.update((name, make(params)) for name, make in subject.peers.items() if options.wants(name))
+        if subject.deepspeed is not None:
+            runs.update(subject.deepspeed(params, options))
         for threads in at_threads(options):
             yield _measure(subject, case, runs, numels, options, threads)
 
@@ -71,4 +75,6 @@ def _measure(
     if case == "large":
         flats = [torch.zeros(numel, device=device) for _ in range(2 + max(1, subject.num_states))]
         limit = subject.limit(flats[0], flats[1], flats[2:])
-    return compare(subject.name, case, runs, options, params=params, nbytes=subject.per_element * numel, limit=limit)
+    found = compare(subject.name, case, runs, options, params=params, nbytes=subject.per_element * numel, limit=limit)
+    found.notes += deepspeed_cpu.absent(options) if subject.deepspeed is not None else []
+    return found
