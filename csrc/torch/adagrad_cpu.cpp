@@ -19,7 +19,8 @@ void adagrad_(const TensorList& params, const TensorList& grads, const TensorLis
                                         Adagrad::kColumns, sizeof(AdagradScalars), cpu_device());
     DEEPCORE_PICK(adagrad_prepare)(call.args, 0, call.args.num_segments);
     const auto apply = DEEPCORE_PICK(adagrad_apply);
-    parallel_for(call.num_chunks, 1, [&](int64_t begin, int64_t end) { apply(call.args, begin, end); });
+    parallel_chunks(call.args, call.num_chunks, kChunkNumel,
+                    [&](int64_t begin, int64_t end) { apply(call.args, begin, end); });
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ template <class Prepare, class Apply>
 void update(const UpdateCall& call, Prepare prepare, Apply apply) {
     require_largest(call.args);
     prepare(call.args, 0, call.args.num_segments);
-    parallel_for(call.num_chunks, 1, [&](int64_t begin, int64_t end) { apply(call.args, begin, end); });
+    parallel_chunks(call.args, call.num_chunks, kChunkNumel,
+                    [&](int64_t begin, int64_t end) { apply(call.args, begin, end); });
 }
 
 void adam_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,

@@ -32,7 +32,8 @@ Tensor bucket_sum_squares_(const Tensor& out, const Tensor& parts, bool accumula
     const BucketArgs args = cpu_args(out, parts, accumulate, divisor);
     GradStatsCall stats = grad_stats_call(out, segments, chunk_offsets, cpu_device());
     const auto chunks = DEEPCORE_PICK(bucket_chunks);
-    parallel_for(stats.num_chunks, 2, [&](int64_t begin, int64_t end) { chunks(args, stats.args, begin, end); });
+    parallel_chunks(stats.args, stats.num_chunks, 2 * kChunkNumel,
+                    [&](int64_t begin, int64_t end) { chunks(args, stats.args, begin, end); });
     DEEPCORE_PICK(grad_stats_finish)(stats.args);
     return std::move(stats.squares);
 }

@@ -13,7 +13,8 @@ using namespace deepcore::binding;
 std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const Tensor& segments, const Tensor& chunk_offsets) {
     GradStatsCall call = grad_stats_call(grads, segments, chunk_offsets, cpu_device());
     const auto chunks = DEEPCORE_PICK(grad_stats_chunks);
-    parallel_for(call.num_chunks, 2, [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
+    parallel_chunks(call.args, call.num_chunks, 2 * kChunkNumel,
+                    [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
     DEEPCORE_PICK(grad_stats_finish)(call.args);
     return {std::move(call.squares), std::move(call.summary)};
 }

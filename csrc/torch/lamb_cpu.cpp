@@ -19,7 +19,8 @@ void lamb_moments_(const TensorList& params, const TensorList& grads, const Tens
                           {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip}, squares, cpu_device());
     DEEPCORE_PICK(lamb_moments_prepare)(call.args, 0, call.args.num_segments);
     const auto chunks = DEEPCORE_PICK(lamb_moments_chunks);
-    parallel_for(call.call.num_chunks, 1, [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
+    parallel_chunks(call.args, call.call.num_chunks, kChunkNumel,
+                    [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
     DEEPCORE_PICK(lamb_moments_finish)(call.args);
 }
 
@@ -31,7 +32,8 @@ void lamb_apply_(const TensorList& params, const TensorList& exp_avgs, const Ten
                         {segments, chunk_offsets, hyper, steps, active, nullptr, skip}, squares, cpu_device());
     DEEPCORE_PICK(lamb_apply_prepare)(call.args, 0, call.args.num_segments);
     const auto chunks = DEEPCORE_PICK(lamb_apply_chunks);
-    parallel_for(call.call.num_chunks, 1, [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
+    parallel_chunks(call.args, call.call.num_chunks, kChunkNumel,
+                    [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ void muon_momentum_(const TensorList& params, const TensorList& grads, const Ten
                            {segments, chunk_offsets, hyper, steps, active, &grad_scale, skip}, cpu_device());
     DEEPCORE_PICK(muon_momentum_prepare)(call.args, 0, call.args.num_segments);
     const auto chunks = DEEPCORE_PICK(muon_momentum_chunks);
-    parallel_for(call.num_chunks, 1, [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
+    parallel_chunks(call.args, call.num_chunks, kChunkNumel,
+                    [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
 }
 
 void muon_apply_(const TensorList& params, const TensorList& grads, const TensorList& copies, const Tensor& segments,
@@ -29,7 +30,8 @@ void muon_apply_(const TensorList& params, const TensorList& grads, const Tensor
                         ratios, cpu_device());
     DEEPCORE_PICK(muon_apply_prepare)(call.args, 0, call.args.num_segments);
     const auto chunks = DEEPCORE_PICK(muon_apply_chunks);
-    parallel_for(call.call.num_chunks, 1, [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
+    parallel_chunks(call.args, call.call.num_chunks, kChunkNumel,
+                    [&](int64_t begin, int64_t end) { chunks(call.args, begin, end); });
 }
 
 }  // namespace

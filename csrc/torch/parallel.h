@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
+#include "core/segments.h"
 #include "torch/check.h"
 
 namespace deepcore {
@@ -20,6 +21,16 @@ void parallel_for(int64_t total, int64_t grain, const Work& work) {
         (*static_cast<const Work*>(context))(begin, end);
     };
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, total, grain, call, const_cast<Work*>(&work)));
+}
+
+// As above over all chunks of the segments in `args`, of which those that are small go to a thread in one piece with
+// others: `grain` elements at least.
+template <class Args, class Work>
+void parallel_chunks(const Args& args, int64_t num_chunks, int64_t grain, const Work& work) {
+    int64_t numel = 1;
+    for (int64_t i = 0; i < args.num_segments; ++i) numel += args.segments[i].numel;
+    const int64_t chunks = static_cast<int64_t>(static_cast<double>(grain) * num_chunks / numel);
+    parallel_for(num_chunks, chunks > 1 ? chunks : 1, work);
 }
 
 }  // namespace DEEPCORE_HIDDEN binding

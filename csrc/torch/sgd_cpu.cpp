@@ -30,7 +30,8 @@ void sgd_(const TensorList& params, const TensorList& grads, const TensorList& m
     require_buffers(call.args);
     DEEPCORE_PICK(sgd_prepare)(call.args, 0, call.args.num_segments);
     const auto apply = DEEPCORE_PICK(sgd_apply);
-    parallel_for(call.num_chunks, 1, [&](int64_t begin, int64_t end) { apply(call.args, begin, end); });
+    parallel_chunks(call.args, call.num_chunks, kChunkNumel,
+                    [&](int64_t begin, int64_t end) { apply(call.args, begin, end); });
 }
 
 }  // namespace
