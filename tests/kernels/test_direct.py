@@ -72,15 +72,15 @@ def test_plain_tensors_never_meet_the_dispatcher(native: ctypes.CDLL, op: str) -
     make = ctypes.PyDLL(native._name).deepcore_direct_op
     make.restype = ctypes.py_object
     straight = make(op.encode(), ctypes.py_object(lambda *args: handed_on.append(args)))
-    straight(*selftest.ARGUMENTS[op](CPU))
+    straight(*selftest.arguments(op, CPU))
     assert handed_on == []
-    straight(*selftest.ARGUMENTS[op](torch.device("meta")))
+    straight(*selftest.arguments(op, torch.device("meta")))
     assert len(handed_on) == 1
 
 
 @pytest.mark.parametrize("op", NATIVE_OPS)
 def test_does_what_the_dispatcher_does(op: str) -> None:
-    straight, usual = selftest.ARGUMENTS[op](CPU), selftest.ARGUMENTS[op](CPU)
+    straight, usual = selftest.arguments(op, CPU), selftest.arguments(op, CPU)
     for _ in range(2):
         results = [called(op)(*straight), dispatched(op)(*usual)]
         pairs = list(zip(tensors_of([straight, results[0]]), tensors_of([usual, results[1]]), strict=True))
@@ -194,7 +194,7 @@ def test_lazily_negated_values_keep_their_sign() -> None:
 
 
 def test_nothing_is_kept_and_results_own_their_memory() -> None:
-    args = selftest.ARGUMENTS["grad_stats"](CPU)
+    args = selftest.arguments("grad_stats", CPU)
     counts = [sys.getrefcount(tensor) for tensor in tensors_of(args)]
     squares, summary = direct.grad_stats(*args)
     kept = squares.clone()

@@ -17,6 +17,7 @@ from benchmarks import ranks as benchmark_ranks
 from benchmarks.__main__ import subjects
 from benchmarks.harness import LIMIT, OURS, Options, Result
 from benchmarks.live_bytes import LiveBytes
+from deepcore.ops import schemas
 from tests.dist.pool import run_ranks
 
 QUICK = Options(quick=True, threads=(1,), rounds=1)
@@ -26,6 +27,7 @@ CASES = {
     "bucket": {f"{size} {kind}" for size in ("large", "tiny") for kind in ("fp32", "fp32 add", "bf16 add")},
     "cast": {f"{size} {way}" for size in ("large", "tiny") for way in ("fp32 to bf16", "bf16 to fp32")},
     "checksum": {"chunk", "large"},
+    "dispatch": set(schemas.NAMES),
     "loss_scale": {"step"},
     "muon": {"tiny"},
     **{name: {"large", "1000 small", "tiny"} for name in ("adagrad", "lamb", "lion", "sgd")},

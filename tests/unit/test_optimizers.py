@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -203,7 +204,7 @@ OPS = ("lion_", "adagrad_", "sgd_", "lamb_moments_", "lamb_apply_")
 
 @pytest.mark.parametrize("op", OPS)
 def test_ops_pass_opcheck(op: str) -> None:
-    arguments = tuple(selftest.ARGUMENTS[op](torch.device("cpu")))
+    arguments = tuple(selftest.arguments(op, torch.device("cpu")))
     torch.library.opcheck(
         getattr(torch.ops.deepcore, op).default, arguments, test_utils=("test_schema", "test_faketensor")
     )
@@ -211,7 +212,7 @@ def test_ops_pass_opcheck(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_skip_leaves_everything_alone_and_inactive_segments_stay(op: str) -> None:
-    make = selftest.ARGUMENTS[op]
+    make = partial(selftest.arguments, op)
     names = [argument.name for argument in getattr(torch.ops.deepcore, op).default._schema.arguments]
     skipped, before = make(torch.device("cpu")), make(torch.device("cpu"))
     skipped[names.index("skip")].fill_(float("nan"))  # type: ignore[attr-defined]
