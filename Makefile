@@ -21,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train test parity csrc-test csrc-test-neon pytest ops lint format bench wheel gpu clean
+.PHONY: help venv train test parity csrc-test csrc-test-neon csrc-test-avx512 pytest ops lint format bench wheel gpu clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -134,6 +134,9 @@ csrc-test-neon: $(VENV)/test.stamp ## Build the C++ core for 64-bit Arm and test
 	@$(RUN) cmake -S . -B $(BUILD)-neon -G Ninja --toolchain csrc/tests/aarch64.cmake --no-warn-unused-cli --log-level=WARNING
 	@$(RUN) cmake --build $(BUILD)-neon
 	@$(RUN) ctest --test-dir $(BUILD)-neon --output-on-failure
+
+csrc-test-avx512: $(VENV)/test.stamp ## Test the C++ core's AVX-512 variants on an emulated processor, on any x86-64 machine
+	@$(RUN) csrc/tests/avx512_emulated.sh $(BUILD)-avx512
 
 pytest: $(VENV)/test.stamp ops
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
