@@ -143,11 +143,54 @@ void variant_gives_the_bits_of_the_formula(const State& before, const double* ro
     CHECK(state == before && run.steps[0] == 0);
 }
 
+// The values in 16 bits, to which they are rounded themselves.
+template <class T>
+std::vector<T> narrowed(std::vector<float>& values) {
+    std::vector<T> narrow(values.size());
+    for (size_t i = 0; i < values.size(); ++i) {
+        store(&narrow[i], values[i]);
+        load(&narrow[i], values[i]);
+    }
+    return narrow;
+}
+
+template <class T>
+bool rounded(const std::vector<T>& narrow, std::vector<float> values) {
+    std::vector<float> wide(narrow.size());
+    for (size_t i = 0; i < narrow.size(); ++i) load(&narrow[i], wide[i]);
+    narrowed<T>(values);
+    return same(wide, values);
+}
+
+// Gradients of 16 bits, with parameters of 16 bits, or with a copy of those of fp32.
+template <class Formula, class T, class Pass>
+void variant_rounds(State before, const double* rows, DType dtype, Pass prepare, Pass apply) {
+    const std::vector<T> grads = narrowed<T>(before.g), params = narrowed<T>(before.p);
+    const State expected = expected_state<Formula>(before, rows);
+    for (bool wide : {false, true}) {
+        State state = before;
+        std::vector<T> narrow = params;
+        UpdateRun run;
+        UpdateArgs args = run.args(state, rows);
+        args.grad_dtype = dtype;
+        run.tensors[0].grad = grads.data();
+        args.param_dtype = wide ? DType::f32 : dtype;
+        args.copy_dtype = wide ? dtype : DType::none;
+        (wide ? run.tensors[0].copy : run.tensors[0].param) = narrow.data();
+        prepare(args, 0, 3);
+        apply(args, 0, 4);
+        CHECK(rounded(narrow, expected.p) && same(state.p, wide ? expected.p : before.p));
+        CHECK(same(state.s0, expected.s0) && same(state.s1, expected.s1) && same(state.s2, expected.s2));
+    }
+}
+
 // prepare and apply: of the variant that is active.
 template <class Formula, class Pass>
 void variant_gives_the_bits_of_the_formula(const double* rows, Pass prepare, Pass apply) {
     for (const State& before : {random_state(), special_state()}) {
         variant_gives_the_bits_of_the_formula<Formula>(before, rows, prepare, apply);
+        variant_rounds<Formula, bf16>(before, rows, DType::bf16, prepare, apply);
+        variant_rounds<Formula, f16>(before, rows, DType::f16, prepare, apply);
     }
 }
 
