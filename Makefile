@@ -25,7 +25,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 help: ## Show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$(printf '\t') read -r target text; do \
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS=$$(printf '\t') read -r target text; do \
 	    printf '  %-16s %s\n' "$$target" "$$text"; done
 	@echo "variables:"
 	@echo "  NPROC=n         ranks of make train (default: one per GPU, or 2 on the CPU)"
@@ -131,7 +131,7 @@ csrc-test: $(VENV)/test.stamp
 	fi
 
 csrc-test-neon: $(VENV)/test.stamp ## Build the C++ core for 64-bit Arm and test it under qemu, on any machine
-	@$(RUN) cmake -S . -B $(BUILD)-neon -G Ninja --toolchain csrc/tests/aarch64.cmake --no-warn-unused-cli --log-level=WARNING
+	@$(RUN) CMAKE_TOOLCHAIN_FILE=csrc/tests/aarch64.cmake cmake -S . -B $(BUILD)-neon -G Ninja --log-level=WARNING
 	@$(RUN) cmake --build $(BUILD)-neon
 	@$(RUN) ctest --test-dir $(BUILD)-neon --output-on-failure
 
