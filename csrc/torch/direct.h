@@ -190,22 +190,22 @@ PyObject* call(Result (*function)(Args...), PyObject* op, PyObject* const* given
         const Unlocked unlocked;
         return std::apply(function, args);
     };
-    try {
-        if constexpr (std::is_void_v<Result>) {
-            run();
-            Py_RETURN_NONE;
-        } else {
-            return object_of(run());
-        }
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
+    if constexpr (std::is_void_v<Result>) {
+        run();
+        Py_RETURN_NONE;
+    } else {
+        return object_of(run());
     }
 }
 
 template <class Result, class... Args>
 PyObject* call(Result (*function)(Args...), PyObject* op, PyObject* const* given, Py_ssize_t count) {
-    return call(function, op, given, count, std::index_sequence_for<Args...>());
+    try {
+        return call(function, op, given, count, std::index_sequence_for<Args...>());
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
 }
 
 // A Python function; its `self` is the dispatcher's op.
