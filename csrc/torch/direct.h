@@ -19,7 +19,8 @@ namespace direct {
 struct Host {  // what Python said at the start; references that are kept for good
     const dlpack::Exchange* exchange = nullptr;
     PyObject *tensor_type = nullptr, *parameter_type = nullptr;
-    PyObject *num_modes = nullptr, *profiles = nullptr, *is_neg = nullptr;  // functions; the last one of a tensor
+    PyObject *num_modes = nullptr, *has_function_mode = nullptr, *profiles = nullptr;  // functions
+    PyObject* is_neg = nullptr;                                                        // of a tensor
 };
 
 inline Host& host() {
@@ -68,16 +69,21 @@ inline View viewed(const dlpack::Tensor& tensor) {
     return view;
 }
 
-// The address of what lies in a freed storage is its offset there, which no process has memory at.
-constexpr uintptr_t kLeastAddress = uintptr_t(1) << 36;
+// The address of what lies in a freed storage is its offset there. Executables that are not position-independent have
+// memory as low as that, and gain nothing from direct calls (see deepcore/ops/direct.py).
+constexpr uintptr_t kLeastAddress = uintptr_t(1) << 38;
 
 // Whether the bindings may look at the memory themselves.
 inline bool is_plain(PyObject* given, const View& view, const dlpack::Tensor& tensor) {
     if (tensor.device.type != dlpack::kCpu || view.dtype_code < 0) return false;
     if (view.numel > 0 && reinterpret_cast<uintptr_t>(view.data) < kLeastAddress) return false;
-    // Views of negated imaginary parts have even strides, so they are contiguous only where there is no stride.
-    const bool may_be_negative = tensor.dtype.code >= 2 && (!view.contiguous || view.numel == 1);
-    return !may_be_negative || !yes(PyObject_CallFunctionObjArgs(host().is_neg, given, nullptr));
+    return !yes(PyObject_CallFunctionObjArgs(host().is_neg, given, nullptr));  // its memory has the other sign
+}
+
+// Whether somebody wants to see every op. Then taking arguments would run his code, too.
+inline bool is_watched() {
+    return yes(PyObject_CallNoArgs(host().num_modes)) || yes(PyObject_CallNoArgs(host().has_function_mode)) ||
+           yes(PyObject_CallNoArgs(host().profiles));
 }
 
 // Each returns false where the dispatcher has to look at the argument.
@@ -100,7 +106,9 @@ inline bool take(PyObject* given, TensorList& taken) {
     if (!PyList_Check(given)) return false;
     taken.resize(static_cast<size_t>(PyList_Size(given)));
     for (size_t i = 0; i < taken.size(); ++i) {
-        if (!take(PyList_GetItem(given, static_cast<Py_ssize_t>(i)), taken[i])) return false;
+        PyObject* const item = PyList_GetItem(given, static_cast<Py_ssize_t>(i));
+        if (item == nullptr) PyErr_Clear();
+        if (item == nullptr || !take(item, taken[i])) return false;
     }
     return true;
 }
@@ -182,8 +190,7 @@ template <class Result, class... Args, size_t... index>
 PyObject* call(Result (*function)(Args...), PyObject* op, PyObject* const* given, Py_ssize_t count,
                std::index_sequence<index...>) {
     std::tuple<std::decay_t<Args>...> args;
-    const bool seen = yes(PyObject_CallNoArgs(host().num_modes)) || yes(PyObject_CallNoArgs(host().profiles));
-    if (seen || count != sizeof...(Args) || !(take(given[index], std::get<index>(args)) && ...)) {
+    if (is_watched() || count != sizeof...(Args) || !(take(given[index], std::get<index>(args)) && ...)) {
         return dispatched(op, given, count);
     }
     const auto run = [&] {
@@ -236,12 +243,15 @@ extern "C" {
 __attribute__((weak, visibility("default"))) PyObject* deepcore_direct_start(PyObject* capsule, PyObject* host_values) {
     using namespace deepcore;
     auto* const exchange = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
-    if (exchange == nullptr) return nullptr;
+    if (exchange == nullptr) {
+        PyErr_Clear();
+        Py_RETURN_FALSE;
+    }
     if (exchange->version.major != dlpack::kMajorVersion || exchange->describe == nullptr) Py_RETURN_FALSE;
     binding::direct::Host& host = binding::direct::host();
     Py_INCREF(host_values);  // a tuple, whose items then stay
-    if (!PyArg_ParseTuple(host_values, "OOOOO", &host.tensor_type, &host.parameter_type, &host.num_modes,
-                          &host.profiles, &host.is_neg)) {
+    if (!PyArg_ParseTuple(host_values, "OOOOOO", &host.tensor_type, &host.parameter_type, &host.num_modes,
+                          &host.has_function_mode, &host.profiles, &host.is_neg)) {
         return nullptr;
     }
     host.exchange = exchange;

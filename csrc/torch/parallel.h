@@ -27,9 +27,9 @@ void parallel_for(int64_t total, int64_t grain, const Work& work) {
 // others: `grain` elements at least.
 template <class Args, class Work>
 void parallel_chunks(const Args& args, int64_t num_chunks, int64_t grain, const Work& work) {
-    int64_t numel = 1;
+    int64_t numel = 0;
     for (int64_t i = 0; i < args.num_segments; ++i) numel += args.segments[i].numel;
-    const int64_t chunks = static_cast<int64_t>(static_cast<double>(grain) * num_chunks / numel);
+    const int64_t chunks = numel > 0 ? (grain * num_chunks + numel / 2) / numel : 1;
     parallel_for(num_chunks, chunks > 1 ? chunks : 1, work);
 }
 

@@ -11,6 +11,8 @@ No other thread may change a list while a call goes on, nor shrink a tensor's st
 from __future__ import annotations
 
 import ctypes
+import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 
 from deepcore.ops import schemas, selftest
+
+LEAST_ADDRESS = 1 << 38  # as in csrc/torch/direct.h
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
@@ -28,14 +32,14 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
 
 def bind(path: Path, names: Iterable[str]) -> None:
-    """Call these ops of a loaded CPU library straight from now on, where it and this torch allow it."""
+    """Call these ops of a loaded CPU library straight from now on, where it, this torch and this Python allow it."""
     library, host = ctypes.PyDLL(str(path)), _host()
     try:
         start, make = library.deepcore_direct_start, library.deepcore_direct_op
     except AttributeError:
         return  # built without Python's headers, or for a Python without the interpreter's lock
     start.restype = make.restype = ctypes.py_object
-    if host is None or not start(*map(ctypes.py_object, host)):
+    if host is None or not _suits() or not start(*map(ctypes.py_object, host)):
         return
     for name in names:
         op = make(name.encode(), ctypes.py_object(_dispatched(name)))
@@ -53,11 +57,22 @@ def _dispatched(name: str) -> Callable[..., Any]:
     return op
 
 
+def _suits() -> bool:
+    """Whether this is a Python whose objects the native side can read, and whose memory it can tell from none.
+
+    One without the interpreter's lock lays objects out in another way. In one that is not position-independent (such as
+    Debian's) small tensors lie where the offsets of freed ones would point: every call would be handed on.
+    """
+    locked = sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    return locked and torch.ones(1).data_ptr() >= LEAST_ADDRESS
+
+
 def _host() -> tuple[object, tuple[object, ...]] | None:
     """What the native side asks of Python (see ``Host`` in csrc/torch/direct.h); None from a torch that lacks some."""
     try:
         exchange = torch.Tensor.__dlpack_c_exchange_api__  # a capsule of C functions that describe tensors
-        modes, profiles = torch._C._len_torch_dispatch_stack, torch._C._autograd._profiler_enabled
+        modes, function_mode = torch._C._len_torch_dispatch_stack, torch._C._is_torch_function_mode_enabled
+        profiles = torch._C._autograd._profiler_enabled
     except AttributeError:
         return None
-    return exchange, (torch.Tensor, torch.nn.Parameter, modes, profiles, torch.Tensor.is_neg)
+    return exchange, (torch.Tensor, torch.nn.Parameter, modes, function_mode, profiles, torch.Tensor.is_neg)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +36,8 @@ def bound(native: ctypes.CDLL) -> None:
     """Where Python has headers that last, every native op is called directly."""
     if sysconfig.get_config_var("Py_GIL_DISABLED") or not Path(sysconfig.get_path("include"), "Python.h").is_file():
         pytest.skip("this Python has no headers for direct calls")
+    if torch.ones(1).data_ptr() < direct.LEAST_ADDRESS:
+        pytest.skip("this Python's memory lies too low for direct calls")
     assert [op for op in NATIVE_OPS if not direct.is_bound(op)] == []
 
 
@@ -47,6 +50,18 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """Notes what Python calls of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -128,7 +143,7 @@ def test_says_what_the_dispatcher_says(case: str) -> None:
 
 
 def test_numbers_are_taken_as_the_dispatcher_takes_them() -> None:
-    for accumulate, divisor in ((True, 2.0), (False, 4), (1, torch.tensor(2.0).item())):
+    for accumulate, divisor in ((True, 2.0), (False, 4), (1, 2.0), (True, torch.tensor(2.0))):
         outs = []
         for bucket_sum in (direct.bucket_sum_, dispatched("bucket_sum_")):
             outs.append(torch.ones(3))
@@ -164,6 +179,10 @@ def test_subclasses_modes_and_profiles_see_every_op() -> None:
         direct.flatten_(flat, [source], START)
     assert seen.names == ["deepcore::flatten_"]
 
+    with Functions() as functions:
+        direct.flatten_(flat, [source], START)
+    assert functions.names == ["deepcore.flatten_.default"]
+
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         direct.flatten_(flat, [source], START)
     assert "deepcore::flatten_" in {event.key for event in profiled.key_averages()}
@@ -184,13 +203,12 @@ def test_tensors_without_memory_stay_without() -> None:
 
 
 def test_lazily_negated_values_keep_their_sign() -> None:
-    numbers = torch.tensor([1 + 2j, 3 + 4j], dtype=torch.complex64)
-    for lazy in (numbers.conj().imag[:1], numbers.conj().imag):
-        assert lazy.is_neg()
-        source = lazy if lazy.numel() == 1 else lazy.contiguous()
-        flat = torch.zeros(2)
+    lazy = torch.tensor([1 + 2j, 3 + 4j], dtype=torch.complex64).conj().imag
+    for source in (lazy[:1], lazy, lazy.as_strided((3,), (1,))):
+        assert source.is_neg()
+        flat = torch.zeros(3)
         direct.flatten_(flat, [source], START)
-        assert flat.tolist() == [-2.0, -4.0][: source.numel()] + [0.0] * (2 - source.numel())
+        assert flat.tolist() == [*source.tolist(), 0.0, 0.0][:3]
 
 
 def test_nothing_is_kept_and_results_own_their_memory() -> None:
