@@ -5,7 +5,9 @@ lists, and does the same after the same checks: with many tensors, or tiny ones,
 The native side hands on to the dispatcher what it does not know: other devices, subclasses of tensors, fake tensors,
 active modes, profiles. In users' code and under ``torch.compile`` the way is ``torch.ops.deepcore``.
 
-No other thread may change a list while a call goes on, nor shrink a tensor's storage to a part.
+No other thread may change a list while a call goes on, nor shrink a tensor's storage to a part. No contiguous tensor of
+several elements may be lazily negated (``is_neg()``): such gradients, which take an unusual autograd function, are
+resolved where they are taken from ``p.grad``.
 """
 
 from __future__ import annotations

@@ -92,6 +92,8 @@ class PlainBatches:
                 gapped = [(weight, copy) for weight, copy in zip(weights, dense, strict=True) if weight is not copy]
                 grads = [_in_order_of(grad, weight) for grad, weight in zip(grads, dense, strict=True)]
                 weights = dense
+            if any(map(torch.Tensor.is_neg, grads)):
+                grads = [grad.resolve_neg() for grad in grads]
             batch.params, batch.grads = weights, grads
             yield batch, _WriteBack(gapped)
             batch.params, batch.grads = [], []  # zero_grad() is to free gradients

@@ -41,16 +41,16 @@ class LooseGradients:
             packed: is told when they have moved.
 
         Returns:
-            Which parameters have one. None, and nothing is taken, where one is of another dtype or memory order, or a
-            weight's own memory, which the update would overwrite before it is read. For such models one backward is
-            searched; the ops look at every call.
+            Which parameters have one. None, and nothing is taken, where one is of another dtype or memory order, lazily
+            negated, or a weight's own memory, which the update would overwrite before it is read. For such models one
+            backward is searched; the ops look at every call.
         """
         group, flat = self._groups[number], self._flats[number]
         grads = [param.grad for param in group.params]
         live = [grad is not None for grad in grads]
         for grad, stride in zip(grads, group.strides, strict=True):
             if grad is not None and (
-                grad.dtype != dtype or grad.layout is not torch.strided or grad.stride() != stride
+                grad.dtype != dtype or grad.layout is not torch.strided or grad.stride() != stride or grad.is_neg()
             ):
                 return None
         if flat.dtype not in (dtype, torch.float32) or (flat.dtype != dtype and not all(live)):

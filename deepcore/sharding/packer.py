@@ -31,7 +31,7 @@ def pack_gradients(group: FlatGroup, chosen: Sequence[int], flat: torch.Tensor) 
         assert grad is not None
         if grad.layout is not torch.strided:
             raise _sparse(group.names[index], grad)
-        if grad.stride() != stride:
+        if grad.stride() != stride or grad.is_neg():
             grad = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
         grads, indices = by_dtype.setdefault(grad.dtype, ([], []))
         grads.append(grad)

@@ -204,7 +204,7 @@ def test_tensors_without_memory_stay_without() -> None:
 
 def test_lazily_negated_values_keep_their_sign() -> None:
     lazy = torch.tensor([1 + 2j, 3 + 4j], dtype=torch.complex64).conj().imag
-    for source in (lazy[:1], lazy, lazy.as_strided((3,), (1,))):
+    for source in (lazy[:1], lazy):
         assert source.is_neg()
         flat = torch.zeros(3)
         direct.flatten_(flat, [source], START)

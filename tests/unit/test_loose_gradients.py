@@ -10,7 +10,7 @@ import torch
 
 import deepcore
 from deepcore.optim import FusedAdam
-from deepcore.zero import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad
+from deepcore.zero import safe_get_full_fp32_param, safe_get_full_grad, safe_get_local_grad, safe_set_full_grad
 
 STAGES = (0, 1, 2, 3)
 NIGHTLY = pytest.mark.nightly
@@ -276,3 +276,50 @@ def test_gradients_that_share_memory_are_each_their_own() -> None:
             for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
                 assert torch.equal(ours, theirs)
             engine.destroy()
+
+
+class LazilyNegated(torch.autograd.Function):
+    """The identity, whose gradient lies in memory with the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch._neg_view(-grad)
+
+
+class Turned(torch.nn.Module):
+    """One parameter, whose gradient autograd leaves lazily negated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 15).reshape(5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (LazilyNegated.apply(self.weight) * x).sum()
+
+
+@pytest.mark.parametrize("stage", [*STAGES, None])
+def test_a_lazily_negated_gradient_keeps_its_sign(stage: int | None) -> None:
+    x = torch.linspace(0.5, 2, 15).reshape(5, 3)
+    plain, ours = Turned(), Turned()
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.0)
+    plain(x).backward()
+    assert plain.weight.grad is not None
+    assert plain.weight.grad.is_neg()
+    theirs.step()
+    if stage is None:
+        ours(x).backward()
+        FusedAdam(ours.parameters(), lr=0.1).step()
+        weight = ours.weight
+    else:
+        engine = engine_for(stage, ours)
+        engine.optimizer.param_groups[0].update(lr=0.1, weight_decay=0.0)
+        engine.backward(engine(x))
+        engine.step()
+        weight = engine.module.weight
+        if stage == 3:
+            weight = safe_get_full_fp32_param(weight)
+    torch.testing.assert_close(weight, plain.weight, rtol=1e-5, atol=1e-6)
