@@ -81,7 +81,7 @@ inline bool is_plain(PyObject* given, const View& view, const dlpack::Tensor& te
     return !yes(PyObject_CallFunctionObjArgs(host().is_neg, given, nullptr));  // its memory has the other sign
 }
 
-// Whether somebody wants to see every op. Then taking arguments would run his code, too.
+// Whether somebody wants to see every op. Then taking arguments would run their code, too.
 inline bool is_watched() {
     return yes(PyObject_CallNoArgs(host().num_modes)) || yes(PyObject_CallNoArgs(host().has_function_mode)) ||
            yes(PyObject_CallNoArgs(host().profiles));

@@ -6,8 +6,8 @@ The native side hands on to the dispatcher what it does not know: other devices,
 active modes, profiles. In users' code and under ``torch.compile`` the way is ``torch.ops.deepcore``.
 
 No other thread may change a list while a call goes on, nor shrink a tensor's storage to a part. No contiguous tensor of
-several elements may be lazily negated (``is_neg()``): such gradients, which take an unusual autograd function, are
-resolved where they are taken from ``p.grad``.
+several elements may be lazily negated (``is_neg()``): such weights and gradients, which take an unusual model, are
+resolved where they are taken from it.
 """
 
 from __future__ import annotations

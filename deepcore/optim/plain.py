@@ -70,7 +70,7 @@ class PlainBatches:
     def batches(
         self, param_groups: Sequence[Mapping[str, Any]], state: dict[torch.Tensor, Any]
     ) -> Iterator[tuple[SegmentBatch, Callable[[], None]]]:
-        """Yield each batch with a call that writes copies of gapped parameters back after the launch."""
+        """Yield each batch with a call that writes copies of gapped or lazily negated parameters back after it."""
         members: dict[_Kind, _Members] = {}
         for index, group in enumerate(param_groups):
             family = self._family(group)
@@ -87,13 +87,12 @@ class PlainBatches:
             batch = self._batch(kind, alike, param_groups, state)
             weights, grads = alike.params, alike.grads
             gapped: list[tuple[torch.Tensor, torch.Tensor]] = []
-            if not all(map(torch.Tensor.is_contiguous, itertools.chain(weights, grads))):
-                dense = [weight if _dense(weight) else weight.contiguous() for weight in weights]
+            negated = any(map(torch.Tensor.is_neg, itertools.chain(weights, grads)))
+            if negated or not all(map(torch.Tensor.is_contiguous, itertools.chain(weights, grads))):
+                dense = [(weight if _dense(weight) else weight.contiguous()).resolve_neg() for weight in weights]
                 gapped = [(weight, copy) for weight, copy in zip(weights, dense, strict=True) if weight is not copy]
                 grads = [_in_order_of(grad, weight) for grad, weight in zip(grads, dense, strict=True)]
                 weights = dense
-            if any(map(torch.Tensor.is_neg, grads)):
-                grads = [grad.resolve_neg() for grad in grads]
             batch.params, batch.grads = weights, grads
             yield batch, _WriteBack(gapped)
             batch.params, batch.grads = [], []  # zero_grad() is to free gradients
@@ -192,5 +191,5 @@ def _like(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _in_order_of(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if grad.stride() == weight.stride():
-        return grad
+        return grad.resolve_neg()
     return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)

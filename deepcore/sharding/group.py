@@ -72,7 +72,7 @@ class FlatGroup:
     def adopt(self) -> None:
         """Move the parameters' values into ``full`` and make each parameter a view of it, strides kept."""
         whole = [index for index, param in enumerate(self.params) if scattered.find(param) is None]
-        direct.flatten_(self.full, [self.params[index].data for index in whole], self.starts[whole])
+        direct.flatten_(self.full, [self.params[index].data.resolve_neg() for index in whole], self.starts[whole])
         for param, slot in zip(self.params, self.layout.slots, strict=True):
             if scattered.find(param) is not None:  # one at a time: what is whole of them is in ``full``
                 self.full[slot.start : slot.end].copy_(scattered.take_over(param))

@@ -291,20 +291,23 @@ class LazilyNegated(torch.autograd.Function):
 
 
 class Turned(torch.nn.Module):
-    """One parameter, whose gradient autograd leaves lazily negated."""
+    """One parameter, whose gradient autograd leaves lazily negated; so may the parameter itself be."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, weight_too: bool = False) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 15).reshape(5, 3))
+        start = torch.linspace(-1, 1, 15).reshape(5, 3)
+        self.weight = torch.nn.Parameter(torch._neg_view(-start) if weight_too else start)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (LazilyNegated.apply(self.weight) * x).sum()
 
 
+@pytest.mark.parametrize("weight_too", [False, True])
 @pytest.mark.parametrize("stage", [*STAGES, None])
-def test_a_lazily_negated_gradient_keeps_its_sign(stage: int | None) -> None:
+def test_what_is_lazily_negated_keeps_its_sign(stage: int | None, weight_too: bool) -> None:
     x = torch.linspace(0.5, 2, 15).reshape(5, 3)
-    plain, ours = Turned(), Turned()
+    plain, ours = Turned(), Turned(weight_too=weight_too)
+    assert ours.weight.is_neg() == weight_too
     theirs = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.0)
     plain(x).backward()
     assert plain.weight.grad is not None
